@@ -1,0 +1,25 @@
+"""Selective subject-driven image generation: point at the thing you mean, then generate that very thing.
+
+    from p3s_cli import mask, finetune, generate
+
+The functions are loaded when first used, so importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["demo", "finetune", "generate", "mask"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "demo":
+        from p3s_cli.demo import demo
+
+        return demo
+    if name in __all__:
+        from p3s_cli import stages
+
+        return getattr(stages, name)
+    raise AttributeError(name)

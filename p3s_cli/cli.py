@@ -1,0 +1,196 @@
+"""The command line: parse, call one library function, print. Torch is imported only by a command that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from p3s_cli import __version__
+from p3s_cli.errors import P3SError
+
+app = typer.Typer(
+    name="p3s",
+    help="Point at the thing you mean in one photo, then generate that very thing anywhere (P3S-Diffusion).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 on CUDA.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random in this stage.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing has changed.")]
+SubjectDir = Annotated[Path, typer.Argument(help="Subject directory made by `p3s mask`.")]
+OtherModel = Annotated[str | None, typer.Option(help="Another base than the one the subject names.")]
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr: what is being done, how far it is, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+
+
+def _run(stage: Callable[..., Any], as_json: bool, show: Callable[[Any], list[str]], **arguments: Any) -> None:
+    """Call a library function with a progress bar; print its result, or one sentence and an exit code."""
+    try:
+        with _progress() as on_progress:
+            result = stage(**arguments, on_progress=on_progress)
+    except P3SError as error:
+        print(f"p3s: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("p3s: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except OSError as error:
+        print(f"p3s: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps(result if isinstance(result, dict) else asdict(result), default=str))
+    else:
+        print("\n".join(show(result)))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"p3s {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+@app.command()
+def mask(
+    photo: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP with the subject in it.")],
+    pos: Annotated[list[str], typer.Option(help="X,Y on the subject: pixels of the upright photo, or fractions such as 0.3,0.5. Repeatable.")],
+    neg: Annotated[list[str] | None, typer.Option(help="X,Y on the look-alike you do not mean. Repeatable.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Subject directory; default ./<name of the photo>/. An existing one gets another reference.")] = None,
+    class_word: Annotated[str | None, typer.Option("--class", help="What the subject is, such as dog; guessed with CLIP if left out.")] = None,
+    model: Annotated[str, typer.Option(help="sd15, world, a diffusers folder, a hub id or a .safetensors file.")] = "sd15",
+    preset: Annotated[str, typer.Option(help="default, or paper for the literal recipe.")] = "default",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Points on a photo -> the subject's mask, and the photo without its look-alike."""
+    from p3s_cli import stages
+
+    _run(
+        stages.mask, as_json, _show_mask, photo=photo, positive=pos, negative=neg or (), output=output, class_word=class_word,
+        model=model, preset=preset, seed=seed, device=device, dtype=dtype, force=force,
+    )  # fmt: skip
+
+
+def _show_mask(result: Any) -> list[str]:
+    guessed = "" if result.class_score is None else f" (guessed, score {result.class_score:.2f}; correct it with --class)"
+    lines = [
+        f"{result.subject}: {'unchanged, ' if result.unchanged else ''}{result.reference}, class {result.class_word}{guessed}",
+        f"subject {result.areas['subject']:.1%} of the photo, negative {result.areas['negative']:.1%}, inpainting: {result.filler}",
+        *(f"warning: {w}" for w in result.warnings),
+        *(f"look at {p}" for p in result.pictures if p.name != "photo.png"),
+    ]
+    return lines
+
+
+@app.command()
+def finetune(
+    subject_dir: SubjectDir,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default the family's.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate; default the family's.")] = None,
+    preset: Annotated[str, typer.Option(help="default, or paper for the literal recipe.")] = "default",
+    seed: Seed = 0,
+    model: OtherModel = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Teach the model this very subject. An interrupted run goes on where it stopped."""
+    from p3s_cli import stages
+
+    def show(result: Any) -> list[str]:
+        state = "unchanged since it was tuned" if result.unchanged else f"tuned for {result.steps} steps, last loss {result.loss:.4f}"
+        return [f"{result.subject}: {state}", f'now: p3s generate {result.subject} "a [V] ... on the beach"']
+
+    _run(
+        stages.finetune, as_json, show, subject_dir=subject_dir, steps=steps, lr=lr, preset=preset, seed=seed, model=model,
+        device=device, dtype=dtype, force=force,
+    )  # fmt: skip
+
+
+@app.command()
+def generate(
+    subject_dir: SubjectDir,
+    prompt: Annotated[str, typer.Argument(help='What to draw, with [V] before the class word: "a [V] dog on beach".')],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up from it.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    guidance: Annotated[float | None, typer.Option(help="Strength of the text; default the family's (7.5 for sd15).")] = None,
+    subject_guidance: Annotated[float, typer.Option(help="Strength of the subject; equal to --guidance injects in the conditional half only.")] = 1.0,
+    scheduler: Annotated[str, typer.Option(help="ddim, ddpm, dpm++, unipc, euler, euler_a, heun or pndm.")] = "ddim",
+    schedule: Annotated[str, typer.Option(help="Weight over time: quadratic, fixed, increasing, decreasing or off.")] = "quadratic",
+    strength: Annotated[float, typer.Option(min=0, help="Multiplies the weight of the subject.")] = 1.0,
+    model: OtherModel = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Images of the subject, wherever the prompt puts it."""
+    from p3s_cli import stages
+
+    def show(result: Any) -> list[str]:
+        state = " (unchanged, nothing to do)" if result.unchanged else ""
+        return [*(f"warning: {w}" for w in result.warnings), *(f"{p}{state}" for p in result.images), f"look at {result.grid}"]
+
+    _run(
+        stages.generate, as_json, show, subject_dir=subject_dir, prompt=prompt, n=n, seed=seed, steps=steps, guidance=guidance,
+        subject_guidance=subject_guidance, scheduler=scheduler, schedule=schedule, strength=strength, model=model, device=device,
+        dtype=dtype, force=force,
+    )  # fmt: skip
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(help="Where to put everything.")] = Path("p3s-demo"),
+    seed: Annotated[int, typer.Option(help="Which scene to draw, and the seed of every stage.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """The whole job on the bundled family: a drawn scene with two look-alikes, eight images of the chosen one."""
+    from p3s_cli import demo as story
+
+    _run(story.demo, as_json, story.table, directory=directory, seed=seed, device=device, dtype=dtype, force=force)
+
+
+def run() -> None:
+    """Entry point. Hub libraries keep their notices to themselves."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,111 @@
+"""Every constant of the paper, once, with its section; and the two presets. No torch in here.
+
+`PAPER` is the literal reading of P3S-Diffusion (arXiv:2412.19533). `DEFAULT` is what measures best
+here (`benchmarks/results/readings.md`). Defaults that belong to a family of models, not to the
+method (image size, learning rate, feature layer), are in that family's `p3s.json`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from p3s_cli.errors import InputError
+
+Similarity = Literal["raw", "rescaled"]
+Injection = Literal["literal", "gated"]
+AttentionReading = Literal["printed", "sum", "relative", "off"]
+Schedule = Literal["quadratic", "fixed", "increasing", "decreasing", "off"]
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Points to masks and the inpainted reference (Sec. III-A)."""
+
+    similarity: Similarity = "rescaled"  # the cosines of eq. 1 as they are, or each map stretched to [0, 1]
+    native: bool = False  # the paper's grid: the tower's own resolution and its last layer
+    sigma: float = 1.0  # width of eq. 2's Gaussian, in patches
+    dilate: float = 1.0  # growth of the inpainted region, in patches
+    attempts: int = 3  # seeds tried by eq. 3 before the classical filler
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """The control: what is injected, how, and what it is trained with (Sec. III-B)."""
+
+    injection: Injection = "gated"
+    lam: float = 0.2  # lambda of eq. 7
+    gate_start: float = -4.0  # b_i before training, gated form only
+    gate_lr_scale: float = 100.0  # the gates' learning rate, relative to the rest
+    gamma: float = 0.1  # eq. 15
+    attention_loss: AttentionReading = "sum"  # reading of eq. 11-12
+    attention_layers: Literal["last", "all"] = "last"  # Table IV
+    attention_gradient: Literal["copy", "both"] = "copy"  # whether eq. 11 also moves the frozen U-Net's map
+    drop_text: float = 0.1  # Sec. IV-A, text and injection dropped independently
+    drop_injection: float = 0.1
+    augment: Literal["none", "joint", "independent"] = "independent"  # geometry of reference and target
+    reference_background: Literal["keep", "remove"] = "remove"
+    background_weight: float = 0.1  # of L_LDM outside the subject's mask; 1 is eq. 14 as printed
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """Eq. 10: eps_t = 1 - alpha (t / T)^k + beta, and its variants of Table III."""
+
+    kind: Schedule = "quadratic"
+    alpha: float = 0.5
+    beta: float = 0.2
+    k: float = 2.0
+    T: int = 1000
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One subject's tuning. None means the family's own recommendation."""
+
+    control: ControlConfig = field(default_factory=ControlConfig)
+    steps: int | None = None
+    lr: float | None = None
+    batch: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Sampling (Sec. IV-A). None means the family's own recommendation."""
+
+    steps: int = 50
+    guidance: float | None = None  # s_t, the text's part
+    subject_guidance: float = 1.0  # s_i, the subject's part; equal to `guidance` injects in the conditional half only
+    scheduler: str = "ddim"
+    schedule: WeightSchedule = field(default_factory=WeightSchedule)
+    strength: float = 1.0  # multiplies eps_t
+
+
+PAPER_CONTROL = ControlConfig(
+    injection="literal",
+    attention_loss="printed",
+    attention_gradient="both",
+    augment="none",
+    reference_background="keep",
+    background_weight=1.0,
+)
+PRESETS: dict[str, tuple[MaskConfig, ControlConfig]] = {
+    "paper": (MaskConfig(similarity="raw", native=True), PAPER_CONTROL),
+    "default": (MaskConfig(), ControlConfig()),
+}
+
+
+def preset(name: str) -> tuple[MaskConfig, ControlConfig]:
+    """The mask and control settings of a preset. Raises InputError for an unknown name."""
+    if name not in PRESETS:
+        raise InputError(f"no preset is called {name!r}; choose one of: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def with_schedule(config: GenerateConfig, kind: str) -> GenerateConfig:
+    """The same sampling with another weight schedule. Raises InputError for an unknown name."""
+    kinds = Schedule.__args__  # type: ignore[attr-defined]
+    if kind not in kinds:
+        raise InputError(f"no weight schedule is called {kind!r}; choose one of: {', '.join(kinds)}")
+    return replace(config, schedule=replace(config.schedule, kind=kind))

@@ -1,0 +1,113 @@
+"""The main job as one short story on the bundled family, with ground truth at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from p3s_cli import pictures, stages
+from p3s_cli.evals.metrics import intersection_over_union, nearer
+from p3s_cli.sd import images
+from p3s_cli.sd.family import Family, load
+from p3s_cli.sd.weights import load_tensors
+from p3s_cli.world.render import render
+from p3s_cli.world.scenes import Placed, Scene, lookalike_scene, solo
+
+_SCENE = 20_000_007  # far from any training seed
+PROMPTS = ("on the beach", "in the snow", "in the jungle", "on top of pink fabric")
+_IMAGES = 2  # of each prompt
+_VIEWS = 16  # true renders of each subject that results are compared with
+
+
+def demo(
+    directory: Path | str = "p3s-demo",
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    force: bool = False,
+    on_progress: stages.Progress | None = None,
+) -> dict[str, Any]:
+    """Draw two look-alikes, point at one, tune, generate eight images over four prompts, and judge them.
+
+    Returns `{"seconds": ..., "mask_iou": ..., "selective": {"right", "of"}, "sheet"}`; `selective` counts
+    the images whose CLIP vector is nearer to true renders of the chosen subject than of the other.
+    """
+    report, root = on_progress or (lambda what, done, total: None), Path(directory)
+    scene = lookalike_scene(_SCENE + seed)
+    pixels, true_masks = render([scene])
+    photo, subject_dir = root / "reference.png", root / "subject"
+    images.save_png(photo, images.to_pil(pixels[0]))
+    chosen, other = scene.subjects
+    family = load("world", device, dtype)
+    common = {"family": family, "force": force, "on_progress": report}
+    clock = _Clock()
+    masked = stages.mask(photo, [_click(true_masks[0, 0])], [_click(true_masks[0, 1])], subject_dir, chosen.instance.category, seed=seed, **common)
+    clock.stop("mask")
+    stages.finetune(subject_dir, seed=seed, **common)
+    clock.stop("finetune")
+    prompts = [f"a [V] {chosen.instance.category} {where}" for where in PROMPTS]
+    made = [stages.generate(subject_dir, prompt, n=_IMAGES, seed=seed, **common) for prompt in prompts]
+    clock.stop("generate")
+    tensors, _ = load_tensors(subject_dir / masked.reference / "mask.safetensors")
+    iou = {n: intersection_over_union(tensors[n].bool(), true_masks[0, i]) for i, n in enumerate(("subject", "negative"))}
+    results = torch.stack([images.to_tensor(images.load_image(p)) for r in made for p in r.images])
+    right = nearer(family.vision.embed(results), *(true_vectors(family, placed, seed) for placed in (chosen, other)))
+    sheet = root / "sheet.png"
+    _contact_sheet(sheet, photo, masked, made, right, scene)
+    return {
+        "seconds": clock.seconds | {"total": round(sum(clock.seconds.values()), 1)},
+        "mask_iou": {n: round(v, 3) for n, v in iou.items()},
+        "selective": {"right": int(right.sum()), "of": len(right)},
+        "sheet": str(sheet),
+    }
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def stop(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage], self._since = round(now - self._since, 1), now
+
+
+def _click(mask: Tensor) -> tuple[float, float]:
+    """Where a person would click: the visible pixel nearest to the middle of what is visible."""
+    rows, columns = torch.where(mask)
+    middle = (rows.float().mean() - rows).square() + (columns.float().mean() - columns).square()
+    best = int(middle.argmin())
+    return float(columns[best]), float(rows[best])
+
+
+def true_vectors(family: Family, placed: Placed, seed: int) -> Tensor:
+    """CLIP vectors (K, P) of the same individual, truly drawn in other scenes and poses."""
+    scenes: list[Scene] = [solo(placed.instance, 30_000_000 + 1000 * seed + k) for k in range(_VIEWS)]
+    return family.vision.embed(render(scenes)[0])
+
+
+def _contact_sheet(path: Path, photo: Path, masked: stages.MaskResult, made: list, right: Tensor, scene: Scene) -> None:
+    by_name = {p.name: images.load_image(p) for p in masked.pictures}
+    filled, _ = load_tensors(masked.subject / masked.reference / "mask.safetensors")
+    inpainted = images.to_pil(filled["inpainted"].float() / 255)
+    first = [("reference", images.load_image(photo)), ("points and masks", by_name["overlay.png"]), ("negative removed", inpainted)]
+    tiles, verdicts = [], iter(right.tolist())
+    for result in made:
+        for file, seed in zip(result.images, result.seeds, strict=True):
+            tiles.append((f"{result.prompt} ({seed}) {'chosen' if next(verdicts) else 'OTHER'}", images.load_image(file)))
+    rows = [("what was given", first), ("results", tiles[:4]), ("", tiles[4:])]
+    images.save_png(path, pictures.sheet(rows, f"p3s demo: the {scene.subjects[0].instance.category} on the left"))
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The demo's numbers as lines for a terminal."""
+    lines = [f"{'stage':<10}{'seconds':>9}"]
+    lines += [f"{name:<10}{value:>9.1f}" for name, value in result["seconds"].items()]
+    iou, selective = result["mask_iou"], result["selective"]
+    lines.append(f"mask IoU with the truth: subject {iou['subject']:.2f}, negative {iou['negative']:.2f}")
+    lines.append(f"{selective['right']} of {selective['of']} results look like the chosen subject rather than the other")
+    return [*lines, f"look at {result['sheet']}"]

@@ -1,0 +1,71 @@
+"""Square views of a reference: where the subject stands in what the copy sees and in what is denoised."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class View:
+    """A square window on a photo: centre and side in pixels, turned by `degrees`, perhaps mirrored."""
+
+    x: float
+    y: float
+    side: float
+    degrees: float = 0.0
+    flip: bool = False
+
+
+def base_view(mask: Tensor) -> View:
+    """The largest square of the photo around the subject, or the whole photo if no such square holds it.
+
+    mask (H, W) bool.
+    """
+    height, width = mask.shape
+    rows, columns = torch.where(mask)
+    if len(rows) == 0:
+        return View(width / 2, height / 2, max(height, width))
+    top, bottom, left, right = rows.min().item(), rows.max().item() + 1, columns.min().item(), columns.max().item() + 1
+    side = min(height, width)
+    if max(bottom - top, right - left) > side:
+        return View(width / 2, height / 2, max(height, width))
+    x = min(max((left + right) / 2, side / 2), width - side / 2)
+    y = min(max((top + bottom) / 2, side / 2), height - side / 2)
+    return View(x, y, side)
+
+
+def random_view(base: View, mask: Tensor, generator: torch.Generator) -> View:
+    """A view in which the subject is elsewhere, larger or smaller, a little turned, perhaps mirrored.
+
+    The subject's centre lands anywhere in the middle 60 % of the view.
+    """
+    u = torch.rand(5, generator=generator).tolist()
+    side = base.side * (0.75 + 0.65 * u[0])
+    rows, columns = torch.where(mask)
+    x, y = (columns.float().mean().item(), rows.float().mean().item()) if len(rows) else (base.x, base.y)
+    return View(x + side * 0.6 * (u[1] - 0.5), y + side * 0.6 * (u[2] - 0.5), side, 16 * (u[3] - 0.5), u[4] < 0.5)
+
+
+def look(image: Tensor, view: View, size: int) -> Tensor:
+    """Resample (C, H, W) through the view to (C, size, size); beyond the photo's edge it is mirrored."""
+    height, width = image.shape[-2:]
+    shrink = min(1.0, size / view.side)
+    if shrink < 1:  # resample from a reduced photo, so that fine detail does not alias
+        small = (max(1, round(height * shrink)), max(1, round(width * shrink)))
+        image = F.interpolate(image[None], size=small, mode="bilinear", antialias=True, align_corners=False)[0]
+    angle, half = math.radians(view.degrees), view.side / 2
+    mirror = -1.0 if view.flip else 1.0
+    cos, sin = math.cos(angle) * half, math.sin(angle) * half
+    theta = torch.tensor(
+        [
+            [2 * cos * mirror / width, -2 * sin / width, 2 * view.x / width - 1],
+            [2 * sin * mirror / height, 2 * cos / height, 2 * view.y / height - 1],
+        ]
+    )
+    grid = F.affine_grid(theta[None], (1, 1, size, size), align_corners=False)
+    return F.grid_sample(image[None], grid, mode="bilinear", padding_mode="reflection", align_corners=False)[0]

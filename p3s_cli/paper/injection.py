@@ -1,0 +1,153 @@
+"""P3S eq. 7-8 and 13: the attention seam between the copy and the frozen U-Net.
+
+Features travel as an argument (`cross_attention_kwargs={"p3s": ...}`), never on a module, and the
+processors live inside `attention_seam`, which hands the U-Net back with the ones it came with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass
+class Recording:
+    """What one forward pass of the copy leaves behind, by the copy's layer names.
+
+    `self_inputs` and `cross_outputs`: (B, N, C). `maps`: eq. 13's softmax (B, heads, N, M), fp32, only
+    for the layers named in `wanted`.
+    """
+
+    wanted: frozenset[str] = frozenset()
+    self_inputs: dict[str, Tensor] = field(default_factory=dict)
+    cross_outputs: dict[str, Tensor] = field(default_factory=dict)
+    maps: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Injection:
+    """What the frozen U-Net receives, by its own layer names.
+
+    `features`: f_i of eq. 6 (B, N, C) for self-attention. `cross`: the enhancement of cross-attention
+    (B, N, C). `weight`: eps_t of eq. 9, (B,). `gates`: b_i of the gated form, None for the literal one.
+    `active` (B,) bool: samples that are not gets the plain layer, extra keys skipped. `maps` as above.
+    """
+
+    features: dict[str, Tensor]
+    cross: dict[str, Tensor]
+    weight: Tensor
+    lam: float
+    gates: dict[str, Tensor] | None = None
+    active: Tensor | None = None
+    wanted: frozenset[str] = frozenset()
+    maps: dict[str, Tensor] = field(default_factory=dict)
+
+
+def attend(attn: Attention, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, explicit: bool) -> tuple[Tensor, Tensor | None]:
+    """One attention layer with its own projections: (B, N, C) queries over (B, M, *) keys and values.
+
+    `bias` broadcasts to (B, heads, N, M). With `explicit`, P3S eq. 13's softmax is computed in fp32 and
+    returned as well; otherwise scaled_dot_product_attention does the work.
+    """
+    q, k, v = (
+        projection(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        for projection, x in ((attn.to_q, query), (attn.to_k, keys), (attn.to_v, values))
+    )  # (B, heads, N | M, d)
+    weights = None
+    if explicit:
+        logits = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+        weights = torch.softmax(logits if bias is None else logits + bias, dim=-1)
+        out = weights.to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+    return attn.to_out[0](out.transpose(1, 2).flatten(2)), weights
+
+
+class _Recorder:
+    """The copy's processor: plain attention that also writes down what eq. 6 and eq. 13 ask for."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+                 attention_mask: Tensor | None = None, temb: Tensor | None = None, p3s: Recording | None = None) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        out, weights = attend(attn, hidden_states, context, context, None, p3s is not None and self.name in p3s.wanted)
+        if p3s is not None:
+            if encoder_hidden_states is None:
+                p3s.self_inputs[self.name] = hidden_states
+            else:
+                p3s.cross_outputs[self.name] = out
+            if weights is not None:
+                p3s.maps[self.name] = weights
+        return out
+
+
+class _Receiver:
+    """The frozen U-Net's processor: P3S eq. 7-8 in self-attention, the enhancement in cross-attention."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+                 attention_mask: Tensor | None = None, temb: Tensor | None = None, p3s: Injection | None = None) -> Tensor:
+        if p3s is None:
+            context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            return attend(attn, hidden_states, context, context, None, False)[0]
+        explicit = self.name in p3s.wanted
+        if encoder_hidden_states is None:
+            keys, values, bias = injected_keys_values(hidden_states, p3s, self.name)
+            out, weights = attend(attn, hidden_states, keys, values, bias, explicit)
+        else:
+            out, weights = attend(attn, hidden_states, encoder_hidden_states, encoder_hidden_states, None, explicit)
+            out = out + _weight(p3s) * p3s.cross[self.name].to(out.dtype)
+        if weights is not None:
+            p3s.maps[self.name] = weights
+        return out
+
+
+def _weight(p3s: Injection) -> Tensor:
+    """(B, 1, 1), zero where the sample is not active."""
+    weight = p3s.weight if p3s.active is None else p3s.weight * p3s.active
+    return weight.view(-1, 1, 1)
+
+
+def injected_keys_values(z: Tensor, p3s: Injection, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """P3S eq. 7: what K' and V' are projected from, and the bias on the logits of eq. 8.
+
+    Literal: K' from [z, eps f], V' from [z + lam eps f, eps f]. Gated: K' from [z, f], V' from
+    [z + lam eps f, f], and the extra keys' logits shifted by log(eps) + b_i, so that eps = 0 is the plain
+    layer. Inactive samples: extra keys at minus infinity. z (B, N, C) -> (B, 2N, C), (B, 2N, C), bias or None.
+    """
+    f = p3s.features[name].to(z.dtype)
+    weight = _weight(p3s).to(z.dtype)
+    extra = f if p3s.gates is not None else weight * f
+    keys = torch.cat((z, extra), dim=1)
+    values = torch.cat((z + p3s.lam * weight * f, extra), dim=1)
+    if p3s.gates is not None:
+        shift = _weight(p3s).float().log() + p3s.gates[name].float()
+    elif p3s.active is not None:
+        shift = torch.zeros_like(_weight(p3s)).masked_fill(~p3s.active.view(-1, 1, 1), float("-inf"))
+    else:
+        return keys, values, None
+    bias = torch.cat((shift.new_zeros(len(z), 1, z.shape[1]), shift.expand(len(z), 1, f.shape[1])), dim=-1)
+    return keys, values, bias[:, None]  # (B, 1, 1, 2N)
+
+
+@contextlib.contextmanager
+def attention_seam(unet: UNet2DConditionModel, role: str) -> Iterator[None]:
+    """Let `unet` record (`role="copy"`) or receive (`role="frozen"`); its own processors are back on exit."""
+    make: Callable = {"copy": _Recorder, "frozen": _Receiver}[role]
+    before = unet.attn_processors
+    unet.set_attn_processor({name: make(name.removesuffix(".processor")) for name in before})
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(before)

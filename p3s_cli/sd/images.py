@@ -1,0 +1,103 @@
+"""Files <-> pixels <-> latents.
+
+Pixels are float tensors (3, H, W) in [0, 1]; latents (4, H/8, W/8), scaled as the U-Net wants them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from p3s_cli.atomic import replacing
+from p3s_cli.errors import InputError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 100_000_000
+MIN_SIDE = 16
+
+
+def load_image(path: Path) -> Image.Image:
+    """Read a photo as its taker sees it: EXIF-upright, RGB, transparency over white, 16 bit scaled to 8.
+
+    Raises InputError naming the file if it is absent, no JPEG, PNG or WebP, broken, tiny or huge.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(f"{path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 1_000_000} million; make it smaller")
+            image.load()
+            upright = _rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not a JPEG, PNG or WebP image that can be read") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as an image ({error})") from error
+    if min(upright.size) < MIN_SIDE:
+        raise InputError(f"{path} has {upright.width} x {upright.height} pixels; a reference needs at least {MIN_SIDE} on each side")
+    return upright
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """sha256 of what is seen: the size and the RGB bytes, whatever file they came from."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """PIL image -> (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+
+
+def to_pil(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> PIL image."""
+    return Image.fromarray((pixels.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_png(path: Path, image: Image.Image, metadata: Mapping[str, object] | None = None) -> None:
+    """Write a PNG whole or not at all; `metadata` becomes its `p3s` text chunk, as JSON."""
+    info = PngImagePlugin.PngInfo()
+    if metadata is not None:
+        info.add_itxt("p3s", json.dumps(metadata, sort_keys=True))
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def read_metadata(path: Path) -> dict | None:
+    """The `p3s` JSON of a PNG that we wrote; None for any other file."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()
+            return json.loads(image.info["p3s"])
+    except (OSError, KeyError, ValueError, SyntaxError):
+        return None
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> scaled latents (B, 4, H/8, W/8), the posterior's mean, float32."""
+    pixels = (2 * images - 1).to(vae.device, vae.dtype)
+    return torch.cat([vae.encode(p).latent_dist.mean for p in pixels.split(8)]).float() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [0, 1], float32 on the CPU."""
+    raw = (latents / vae.config.scaling_factor).to(vae.device, vae.dtype)
+    return torch.cat([vae.decode(z).sample.float().cpu() for z in raw.split(4)]).div(2).add(0.5).clamp(0, 1)

@@ -1,0 +1,183 @@
+"""The subject directory: a versioned manifest, and who made which file from what. No torch in here.
+
+    dog/
+      subject.json                     the manifest below
+      references/00/photo.png          the upright photo, without its EXIF
+      references/00/mask.safetensors   similarity maps, masks, inpainted pixels and latent
+      references/00/overlay.png, inpainted.png
+      control/control.safetensors      the trained control
+      outputs/                         generated images and their grids
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from p3s_cli.atomic import replacing, sha256
+from p3s_cli.errors import InputError
+
+SCHEMA = 1
+MANIFEST = "subject.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Stage(_Strict):
+    """A finished stage: what went in (as one hash), the settings and seed, the files that came out, with sha256."""
+
+    inputs: str
+    settings: dict[str, Any]
+    seed: int
+    artifacts: dict[str, str]
+    result: dict[str, Any] = Field(default_factory=dict)
+
+
+class Reference(_Strict):
+    """One photo of the subject; points are (x, y) pixels of the upright image."""
+
+    folder: str = Field(pattern=r"^references/\d{2}$")
+    photo_sha256: str
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+    positive: list[tuple[float, float]] = Field(min_length=1)
+    negative: list[tuple[float, float]] = Field(default_factory=list)
+    mask: Stage | None = None
+
+
+class Manifest(_Strict):
+    schema_version: Literal[1] = SCHEMA
+    class_word: str = Field(min_length=1)
+    class_score: float | None = None  # CLIP's score of a guessed class word, None for one that was given
+    identifier: str = Field(min_length=1)
+    model: str
+    vision_fingerprint: str
+    references: list[Reference] = Field(default_factory=list)
+    finetune: Stage | None = None
+    generated: list[Stage] = Field(default_factory=list)
+
+
+class Subject:
+    """A subject directory that has been read. Paths in the manifest are relative to it."""
+
+    def __init__(self, root: Path, manifest: Manifest):
+        self.root, self.manifest = root, manifest
+
+    @classmethod
+    def exists(cls, root: Path) -> bool:
+        return (root / MANIFEST).is_file()
+
+    @classmethod
+    def open(cls, root: Path) -> Subject:
+        """Raises InputError if `root` is no subject directory or its manifest does not hold together."""
+        path = root / MANIFEST
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(f"{root} is not a subject directory (it has no {MANIFEST}); make one with: p3s mask PHOTO --pos X,Y -o {root}") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}); restore it or make the subject again") from error
+        try:
+            return cls(root, Manifest.model_validate(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise InputError(f"{path} is not a manifest this version reads ({where}: {first['msg']}); restore it or make the subject again") from error
+
+    def save(self) -> None:
+        text = json.dumps(self.manifest.model_dump(), indent=2, sort_keys=True) + "\n"
+        with replacing(self.root / MANIFEST) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def path(self, relative: str) -> Path:
+        return self.root / relative
+
+    def record(self, *relative: str) -> dict[str, str]:
+        """sha256 of artifacts just written, by relative path."""
+        return {name: sha256(self.path(name)) for name in relative}
+
+    def intact(self, stage: Stage) -> bool:
+        """Whether every artifact of the stage is there, bit for bit."""
+        return all(self.path(n).is_file() and sha256(self.path(n)) == h for n, h in stage.artifacts.items())
+
+    # What each stage depends on. A hash that differs from the one its record holds makes the record stale.
+
+    def mask_inputs(self, reference: Reference, settings: dict) -> str:
+        return digest(reference.photo_sha256, reference.positive, reference.negative, self.manifest.vision_fingerprint, settings)
+
+    def finetune_inputs(self, base_fingerprint: str) -> str:
+        masks = [r.mask.artifacts if r.mask else None for r in self.manifest.references]
+        return digest(masks, self.manifest.class_word, self.manifest.identifier, base_fingerprint)
+
+    def check_masks(self) -> None:
+        """Raises InputError with the command to run, if a reference's mask is missing, altered or older than its points."""
+        if not self.manifest.references:
+            raise InputError(f"{self.root} has no reference yet; add one with: p3s mask PHOTO --pos X,Y -o {self.root}")
+        for reference in self.manifest.references:
+            stage = reference.mask
+            if stage is None or stage.inputs != self.mask_inputs(reference, stage.settings) or not self.intact(stage):
+                photo = self.path(f"{reference.folder}/photo.png")
+                raise InputError(f"the mask of {reference.folder} does not belong to its points any more; refresh it with: {mask_command(photo, reference, self.root)}")
+
+    def check_control(self, base_fingerprint: str) -> Stage:
+        """The finetune record, if the control on disk belongs to these masks and this base. InputError otherwise."""
+        command = f"p3s finetune {shlex.quote(str(self.root))}"
+        stage = self.manifest.finetune
+        if stage is None:
+            raise InputError(f"{self.root} has not been tuned yet; run: {command}")
+        if stage.settings["base_fingerprint"] != base_fingerprint:
+            raise InputError(
+                f"the control of {self.root} belongs to another base model "
+                f"({stage.settings['base_fingerprint'][:12]}, not {base_fingerprint[:12]}); name that model with --model, or run: {command}"
+            )
+        if stage.inputs != self.finetune_inputs(base_fingerprint):
+            raise InputError(f"{self.root} has changed since it was tuned (its points, masks or words); run: {command}")
+        if not self.intact(stage):
+            raise InputError(f"the control of {self.root} is missing or damaged; run: {command} --force")
+        return stage
+
+
+def mask_command(photo: Path, reference: Reference, root: Path) -> str:
+    """The command that makes this reference's mask again."""
+    points = [f"--{flag} {x:g},{y:g}" for flag, group in (("pos", reference.positive), ("neg", reference.negative)) for x, y in group]
+    return f"p3s mask {shlex.quote(str(photo))} {' '.join(points)} -o {shlex.quote(str(root))}"
+
+
+def digest(*parts: Any) -> str:
+    """sha256 of JSON-able values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def parse_point(text: str) -> tuple[str, float, float]:
+    """Read `X,Y`: ("pixels", x, y), or ("fraction", x, y) where both are written with a point and lie in [0, 1]."""
+    try:
+        first, second = text.split(",")
+        x, y = float(first), float(second)
+    except ValueError as error:
+        raise InputError(f"{text!r} is not a point; write X,Y in pixels, such as 120,88, or as fractions, such as 0.3,0.5") from error
+    if "." in first and "." in second and 0 <= x <= 1 and 0 <= y <= 1:
+        return "fraction", x, y
+    return "pixels", x, y
+
+
+def resolve_points(points: Sequence[str | tuple[float, float]], width: int, height: int) -> list[tuple[float, float]]:
+    """Points as pixels of the upright image. Raises InputError for one that lies outside, naming the size."""
+    resolved = []
+    for point in points:
+        if isinstance(point, str):
+            kind, x, y = parse_point(point)
+            x, y = (x * (width - 1), y * (height - 1)) if kind == "fraction" else (x, y)
+        else:
+            x, y = map(float, point)
+        if not (0 <= x < width and 0 <= y < height):
+            raise InputError(f"the point {x:g},{y:g} lies outside the image, which is {width} wide and {height} high; give x in 0-{width - 1}, y in 0-{height - 1}")
+        resolved.append((x, y))
+    return resolved
