@@ -45,7 +45,7 @@ def demo(
     family = load("world", device, dtype)
     common = {"family": family, "force": force, "on_progress": report}
     clock = _Clock()
-    masked = stages.mask(photo, [_click(true_masks[0, 0])], [_click(true_masks[0, 1])], subject_dir, chosen.instance.category, seed=seed, **common)
+    masked = stages.mask(photo, [click(true_masks[0, 0])], [click(true_masks[0, 1])], subject_dir, chosen.instance.category, seed=seed, **common)
     clock.stop("mask")
     stages.finetune(subject_dir, seed=seed, **common)
     clock.stop("finetune")
@@ -76,7 +76,7 @@ class _Clock:
         self.seconds[stage], self._since = round(now - self._since, 1), now
 
 
-def _click(mask: Tensor) -> tuple[float, float]:
+def click(mask: Tensor) -> tuple[float, float]:
     """Where a person would click: the visible pixel nearest to the middle of what is visible."""
     rows, columns = torch.where(mask)
     middle = (rows.float().mean() - rows).square() + (columns.float().mean() - columns).square()

@@ -51,5 +51,7 @@ def build_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     layers = unet.config.layers_per_block
     copy = UNet2DConditionModel.from_config(unet.config, layers_per_block=1)
     frozen = unet.state_dict()
-    copy.load_state_dict({name: frozen[frozen_name(name, layers)].float() for name in copy.state_dict()}, assign=True)
+    # a copy in fp32 whatever the base is in; `clone`, because training it must never move the base
+    start = {name: frozen[frozen_name(name, layers)].detach().float().clone() for name in copy.state_dict()}
+    copy.load_state_dict(start, assign=True)
     return copy.requires_grad_(True)

@@ -1,0 +1,68 @@
+"""Shared fixtures. The bundled family is small enough to be used for real everywhere."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network
+
+import pytest
+import torch
+
+from p3s_cli.config import ControlConfig
+from p3s_cli.paper.model import P3SControl
+from p3s_cli.sd.family import Family, load
+from p3s_cli.world.models import build_unet
+from p3s_cli.world.render import render
+from p3s_cli.world.scenes import lookalike_scene
+
+
+@pytest.fixture(scope="session")
+def world() -> Family:
+    return load("world", device="cpu")
+
+
+@pytest.fixture
+def unet():
+    """A U-Net of the family's shape with random weights, frozen."""
+    torch.manual_seed(0)
+    return build_unet().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def make_control(unet):
+    """Build a control for `unet`; with `trained`, its zero parts hold random numbers."""
+
+    def make(trained: bool = False, **options) -> P3SControl:
+        torch.manual_seed(1)
+        control = P3SControl(unet, vision_width=12, config=ControlConfig(**options))
+        if trained:
+            for name, parameter in control.named_parameters():
+                if name.startswith(("zero_", "rngr")):
+                    torch.nn.init.normal_(parameter, std=0.2)
+        return control
+
+    return make
+
+
+@pytest.fixture
+def batch():
+    """One batch of everything the control takes: x_t, t, text, latent, vision."""
+    g = torch.Generator().manual_seed(2)
+    return (
+        torch.randn(2, 4, 16, 16, generator=g),
+        torch.tensor([500, 20]),
+        torch.randn(2, 77, 128, generator=g),
+        torch.randn(2, 4, 16, 16, generator=g),
+        torch.randn(2, 5, 12, generator=g),
+    )
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """A drawn scene with two look-alikes: (PIL image, true masks (2, H, W), a click on each)."""
+    from p3s_cli.demo import click
+    from p3s_cli.sd.images import to_pil
+
+    pixels, masks = render([lookalike_scene(20_000_007)])
+    return to_pil(pixels[0]), masks[0, :2], (click(masks[0, 0]), click(masks[0, 1]))

@@ -1,0 +1,44 @@
+"""Views: where a pixel of the photo ends up."""
+
+import torch
+
+from p3s_cli.methods.views import View, base_view, look, random_view
+
+
+def photo():
+    g = torch.Generator().manual_seed(0)
+    return torch.rand(3, 32, 48, generator=g)
+
+
+def test_the_plain_view_of_a_square_is_the_picture():
+    square = photo()[:, :, 8:40]
+    torch.testing.assert_close(look(square, View(16, 16, 32), 32), square)
+
+
+def test_a_view_is_a_crop_and_a_flip_mirrors_it():
+    crop = look(photo(), View(20, 16, 16), 16)
+    torch.testing.assert_close(crop, photo()[:, 8:24, 12:28], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(look(photo(), View(20, 16, 16, flip=True), 16), crop.flip(2), rtol=1e-4, atol=1e-4)
+
+
+def test_turning_by_ninety_degrees_is_rot90():
+    square = photo()[:, :, :32]
+    turned = look(square, View(16, 16, 32, degrees=90), 32)
+    assert any(torch.allclose(turned, torch.rot90(square, k, (1, 2)), atol=1e-4) for k in (1, 3))
+
+
+def test_the_base_view_is_the_largest_square_around_the_subject():
+    mask = torch.zeros(30, 50, dtype=torch.bool)
+    mask[10:20, 40:48] = True
+    assert base_view(mask) == View(35, 15, 30)
+    mask[:, 5] = mask[:, 48] = True
+    assert base_view(mask).side == 50  # wider than any square inside: the whole photo, padded
+
+
+def test_random_views_keep_the_subjects_centre_in_sight():
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[28:36, 10:18] = True
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        shown = look(mask.float()[None], random_view(base_view(mask), mask, g), 64)[0] > 0.5
+        assert shown.any()

@@ -1,0 +1,65 @@
+"""The sampler against diffusers' own pipeline, and guidance against its formula."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from p3s_cli.errors import InputError
+from p3s_cli.paper.injection import attention_seam
+from p3s_cli.sd import text
+from p3s_cli.sd.sample import SCHEDULERS, build_scheduler, guided_noise, initial_noise, sample
+
+
+def toy_eps(calls):
+    """u, i, t give 1, 10, 100, recognised by subject flag and text."""
+
+    def eps(x, t, states, with_subject):
+        calls.append((len(x), with_subject))
+        value = torch.where(states[:, 0, 0] > 0, 100.0, 10.0 if with_subject else 1.0)
+        return value.view(-1, 1, 1, 1).expand_as(x)
+
+    return eps
+
+
+@pytest.mark.parametrize(
+    ("s_t", "s_i", "passes"),
+    [(7.5, 1.0, [(2, True)]), (7.5, 7.5, [(1, False), (1, True)]), (7.5, 2.0, [(1, False), (2, True)]), (1.0, 1.0, [(1, True)])],
+)
+def test_guidance_is_its_formula_and_runs_only_the_passes_it_needs(s_t, s_i, passes):
+    calls, x = [], torch.zeros(1, 4, 2, 2)
+    out = guided_noise(toy_eps(calls), x, torch.tensor([5]), torch.ones(1, 77, 3), torch.zeros(1, 77, 3), s_t, s_i)
+    torch.testing.assert_close(out, torch.full_like(x, 1 + s_i * (10 - 1) + s_t * (100 - 10)))
+    assert calls == passes
+
+
+def test_ddim_with_guidance_equals_the_diffusers_pipeline(world):
+    """Same noise, prompt and steps: our sampler over the bare U-Net (inside the seam) is diffusers' pipeline to 1e-5."""
+    pipeline = StableDiffusionPipeline(
+        vae=world.vae, text_encoder=world.text_encoder, tokenizer=world.tokenizer, unet=world.unet,
+        scheduler=DDIMScheduler.from_config(world.scheduler_config), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    noise, _ = initial_noise([3, 4], (4, 16, 16))
+    theirs = pipeline(["a dog"] * 2, num_inference_steps=5, guidance_scale=5.0, latents=noise, height=128, width=128, output_type="latent").images
+    states, empty = text.encode(world.tokenizer, world.text_encoder, ["a dog", ""]).split(1)
+    with attention_seam(world.unet, "frozen"):
+        ours = sample(
+            lambda x, t, s, _: world.unet(x, t, s).sample, states.expand(2, -1, -1), empty, build_scheduler("ddim", world.scheduler_config),
+            [3, 4], (4, 16, 16), 5, 5.0,
+        )  # fmt: skip
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_denoises_and_gives_each_seed_the_same_image_in_any_batch(world, name):
+    def run(seeds):
+        eps = lambda x, t, s, _: 0.5 * x  # noqa: E731
+        states = torch.zeros(len(seeds), 77, 8)
+        return sample(eps, states, states[:1], build_scheduler(name, world.scheduler_config), seeds, (4, 8, 8), 4, 1.0)
+
+    assert torch.equal(run([5, 6, 7])[1:2], run([6]))
+
+
+def test_unknown_scheduler_is_named_with_the_choices():
+    with pytest.raises(InputError, match="'plms'.*ddim"):
+        build_scheduler("plms", {})

@@ -1,0 +1,86 @@
+"""The commands, in a temporary home, as a user runs them."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from p3s_cli.cli import app
+from p3s_cli.sd import images
+
+runner = CliRunner()
+
+
+def p3s(*args) -> object:
+    return runner.invoke(app, [str(a) for a in args])
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, pair):
+    monkeypatch.chdir(tmp_path)
+    images.save_png(tmp_path / "two.png", pair[0])
+    return tmp_path
+
+
+def test_the_main_path_end_to_end(home, pair):
+    _, _, ((x, y), (u, v)) = pair
+    result = p3s("mask", "two.png", "--pos", f"{x},{y}", "--neg", f"{u / 127:.4f},{v / 127:.4f}", "--model", "world", "--class", "pet", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["subject"] == "two"
+    assert p3s("finetune", "two", "--steps", 2).exit_code == 0
+    result = p3s("generate", "two", "a [V] pet on beach", "-n", 2, "--steps", 2, "--json")
+    made = json.loads(result.stdout)
+    assert len(made["images"]) == 2 and all((home / p).is_file() for p in made["images"])
+    again = p3s("generate", "two", "a [V] pet on beach", "-n", 2, "--steps", 2)
+    assert "unchanged" in again.stdout
+
+
+BAD = [
+    (["mask", "gone.png", "--pos", "1,1"], "gone.png does not exist"),
+    (["mask", "two.png", "--pos", "500,1"], "128 wide and 128 high"),
+    (["mask", "two.png", "--pos", "5"], "is not a point"),
+    (["mask", "two.png", "--pos", "5,5", "--neg", "5,5"], "both positive and negative"),
+    (["mask", "two.png", "--pos", "5,5", "--model", "sd99"], "no model is called"),
+    (["mask", "two.png", "--pos", "5,5", "--preset", "fast"], "no preset is called"),
+    (["mask", "two.png", "--pos", "5,5", "--model", "world", "--device", "tpu"], "no device is called"),
+    (["finetune", "nowhere"], "not a subject directory"),
+    (["generate", "nowhere", "a [V] dog"], "not a subject directory"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(home, arguments, words):
+    before = sorted(home.rglob("*"))
+    result = p3s(*arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr and result.stderr.count("\n") == 1 and not result.stdout
+    assert sorted(home.rglob("*")) == before
+
+
+def test_generate_checks_its_words_before_anything_is_loaded(home, pair):
+    (x, y), _ = pair[2]
+    p3s("mask", "two.png", "--pos", f"{x},{y}", "--model", "world", "--class", "pet")
+    for options, words in ((["a dog"], "no [V]"), (["a [V] dog", "--scheduler", "plms"], "no scheduler"), (["a [V] dog", "--schedule", "up"], "no weight schedule")):
+        result = p3s("generate", "two", *options)
+        assert result.exit_code == 2 and words in result.stderr
+    assert "p3s finetune two" in p3s("generate", "two", "a [V] dog").stderr
+
+
+def test_a_manifest_from_elsewhere_is_refused(home):
+    (home / "odd").mkdir()
+    (home / "odd/subject.json").write_text('{"schema_version": 99}')
+    result = p3s("finetune", "odd")
+    assert result.exit_code == 2 and "subject.json is not a manifest this version reads" in result.stderr
+
+
+def test_python_functions_have_the_same_names_and_defaults_as_the_commands():
+    import inspect
+
+    from p3s_cli import cli, stages
+
+    renamed = {"pos": "positive", "neg": "negative"}
+    for name in ("mask", "finetune", "generate"):
+        ours = inspect.signature(getattr(stages, name)).parameters
+        for option, parameter in inspect.signature(getattr(cli, name)).parameters.items():
+            if option not in ("as_json", "neg"):
+                assert ours[renamed.get(option, option)].default == parameter.default, (name, option)

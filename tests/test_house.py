@@ -1,0 +1,68 @@
+"""The rules of the house: who may import whom, no cycles, and a command line that starts fast."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import p3s_cli
+
+ROOT = Path(p3s_cli.__file__).parent
+LEAVES = {"config", "errors", "atomic"}  # may be imported by all
+
+# room -> the rooms it may import
+ALLOWED = {
+    "paper": set(),
+    "sd": set(),
+    "evals": set(),
+    "pictures": set(),
+    "subject": set(),
+    "methods": {"paper", "sd", "subject"},
+    "masking": {"methods", "paper", "pictures", "sd", "subject"},
+    "stages": {"masking", "methods", "pictures", "sd", "subject"},
+    "world": {"sd"},
+    "demo": {"stages", "world", "evals", "pictures", "sd"},
+    "cli": {"stages", "demo"},
+}
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "p3s_cli":
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("p3s_cli."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_imports_go_one_way():
+    for path in ROOT.rglob("*.py"):
+        own = room(path)
+        if own == "__init__":
+            continue
+        foreign = imports(path) - LEAVES - {own, "__version__"}
+        assert own in LEAVES or foreign <= ALLOWED[own], f"{path}: {foreign - ALLOWED.get(own, set())}"
+
+
+def test_the_library_never_prints():
+    for path in ROOT.rglob("*.py"):
+        if path.name not in ("cli.py", "recipe.py"):
+            calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+            assert not any(c.func.id == "print" for c in calls), path
+
+
+def test_help_subject_and_config_never_load_torch():
+    script = (
+        "import sys; from typer.testing import CliRunner; from p3s_cli.cli import app; import p3s_cli.config, p3s_cli.errors; "
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0; assert CliRunner().invoke(app, ['--version']).exit_code == 0; "
+        "import p3s_cli.subject; "
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

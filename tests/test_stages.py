@@ -1,0 +1,201 @@
+"""The main path on the bundled family, with as few steps as show what is claimed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from p3s_cli import stages
+from p3s_cli.errors import InputError, P3SError
+from p3s_cli.sd import images
+from p3s_cli.sd.weights import load_tensors
+from p3s_cli.subject import Subject, parse_point, resolve_points
+
+
+@pytest.fixture
+def photo(tmp_path, pair):
+    images.save_png(tmp_path / "two.png", pair[0])
+    return tmp_path / "two.png"
+
+
+@pytest.fixture
+def masked(tmp_path, photo, pair, world):
+    _, _, (left, right) = pair
+    return stages.mask(photo, [left], [right], tmp_path / "pet", "pet", family=world)
+
+
+@pytest.fixture
+def tuned(masked, world):
+    stages.finetune(masked.subject, steps=2, family=world)
+    return masked.subject
+
+
+def generate(root, world, prompt="a [V] pet on beach", **options):
+    return stages.generate(root, prompt, **({"n": 1, "steps": 2, "family": world} | options))
+
+
+def test_mask_writes_what_it_says(masked, pair):
+    subject = Subject.open(masked.subject)
+    tensors, metadata = load_tensors(masked.subject / "references/00/mask.safetensors")
+    assert tensors["subject"].shape == (128, 128) and tensors["latent"].shape == (4, 16, 16)
+    assert metadata["stage"] == "mask" and metadata["positive"] == [list(pair[2][0])]
+    assert set(subject.manifest.references[0].mask.artifacts) == {f"references/00/{n}" for n in ("photo.png", "overlay.png", "inpainted.png", "mask.safetensors")}
+    assert all(p.is_file() for p in masked.pictures) and not masked.unchanged
+    x, y = map(int, pair[2][0])
+    assert tensors["subject"][y, x] and masked.areas["subject"] == pytest.approx(tensors["subject"].float().mean().item(), abs=1e-3)
+    # eq. 3 leaves the subject alone
+    keep = tensors["subject"].bool()
+    assert torch.equal(tensors["inpainted"][:, keep].float() / 255, images.to_tensor(pair[0])[:, keep])
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_masks_do_not_move_under_exif_rotation(tmp_path, pair, world, masked, orientation):
+    turn = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pair[0].transpose(turn).save(tmp_path / "turned.png", exif=exif)
+    _, _, (left, right) = pair
+    again = stages.mask(tmp_path / "turned.png", [left], [right], tmp_path / "turned", "pet", family=world)
+    a, b = (load_tensors(r.subject / "references/00/mask.safetensors")[0] for r in (masked, again))
+    assert all(torch.equal(a[n], b[n]) for n in ("subject", "negative", "inpainted"))
+
+
+def test_repeating_a_stage_does_nothing_until_forced(masked, photo, pair, world, tuned):
+    _, _, (left, right) = pair
+    before = {p: p.stat().st_mtime_ns for p in masked.subject.rglob("*.safetensors")}
+    assert stages.mask(photo, [left], [right], masked.subject, family=world).unchanged
+    assert stages.finetune(tuned, steps=2, family=world).unchanged
+    first, second = generate(tuned, world), generate(tuned, world)
+    assert not first.unchanged and second.unchanged and first.images == second.images
+    assert before == {p: p.stat().st_mtime_ns for p in masked.subject.rglob("*.safetensors")}
+    assert not stages.mask(photo, [left], [right], masked.subject, force=True, family=world).unchanged
+
+
+def test_a_moved_point_makes_the_control_stale_and_says_how_to_refresh_it(tuned, photo, pair, world):
+    _, _, (left, right) = pair
+    stages.mask(photo, [(left[0] + 6, left[1] + 6)], [right], tuned, family=world)
+    with pytest.raises(InputError, match="has changed since it was tuned.*p3s finetune"):
+        generate(tuned, world)
+
+
+def test_a_point_edited_in_the_manifest_makes_the_mask_stale(masked, world):
+    path = masked.subject / "subject.json"
+    data = json.loads(path.read_text())
+    data["references"][0]["positive"] = [[3.0, 4.0]]
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"p3s mask .*photo.png --pos 3,4 --neg"):
+        stages.finetune(masked.subject, steps=1, family=world)
+
+
+def test_a_damaged_artifact_is_refused(tuned, world):
+    control = tuned / "control/control.safetensors"
+    control.write_bytes(control.read_bytes()[:-1])
+    with pytest.raises(InputError, match="missing or damaged"):
+        generate(tuned, world)
+
+
+def test_generate_before_finetune_and_outside_a_subject(masked, world, tmp_path):
+    with pytest.raises(InputError, match="has not been tuned yet; run: p3s finetune"):
+        generate(masked.subject, world)
+    with pytest.raises(InputError, match="not a subject directory"):
+        generate(tmp_path, world)
+
+
+def test_same_seed_same_image_whatever_n_is_and_metadata_tells_how(tuned, world):
+    four = generate(tuned, world, n=4, seed=10)
+    pixels = np.asarray(images.load_image(four.images[2])).astype(int)
+    meta = images.read_metadata(four.images[2])
+    assert meta["seed"] == 12 and meta["prompt"] == "a [V] pet on beach" and meta["text"] == "a sks pet on beach"
+    assert meta["sampling"]["guidance"] == world.profile.guidance
+    one = generate(tuned, world, n=1, seed=12, force=True)
+    assert one.images[0] == four.images[2]
+    assert abs(np.asarray(images.load_image(one.images[0])).astype(int) - pixels).max() <= 1
+    assert all(p.is_file() for p in (*four.images, four.grid))
+
+
+def test_the_base_is_bit_identical_afterwards_and_schedule_off_is_the_base_model(tuned, world):
+    before = {n: p.clone() for n, p in world.unet.state_dict().items()}
+    processors = world.unet.attn_processors
+    stages.finetune(tuned, steps=2, lr=1e-2, family=world)
+    off = generate(tuned, world, schedule="off", steps=4)
+    assert all(torch.equal(before[n], p) for n, p in world.unet.state_dict().items())
+    assert all(world.unet.attn_processors[n] is p for n, p in processors.items())
+    on = generate(tuned, world, steps=4, strength=1.2)
+    assert (np.asarray(images.load_image(off.images[0])) != np.asarray(images.load_image(on.images[0]))).any()
+
+
+def test_training_moves_every_part_that_should_and_resumes_to_the_same_control(masked, world, monkeypatch):
+    stages.finetune(masked.subject, steps=3, family=world)
+    whole, _ = load_tensors(masked.subject / "control/control.safetensors")
+
+    def killed(what, done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("p3s_cli.sd.train.Checkpoint.every", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        stages.finetune(masked.subject, steps=3, family=world, force=True, on_progress=killed)
+    stages.finetune(masked.subject, steps=3, family=world, force=True)
+    resumed, _ = load_tensors(masked.subject / "control/control.safetensors")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[n], resumed[n]) for n in whole)
+    assert [p.name for p in (masked.subject / "control").iterdir()] == ["control.safetensors"]
+
+
+def test_paper_preset_runs_the_literal_equations(masked, photo, pair, world):
+    _, _, (left, right) = pair
+    stages.mask(photo, [left], [right], masked.subject, preset="paper", family=world)
+    stages.finetune(masked.subject, steps=2, preset="paper", family=world)
+    _, metadata = load_tensors(masked.subject / "control/control.safetensors")
+    control = metadata["config"]["control"]
+    assert control["injection"] == "literal" and control["attention_loss"] == "printed" and control["augment"] == "none"
+    assert generate(masked.subject, world).images[0].is_file()
+
+
+def test_a_subject_can_have_several_references(masked, pair, world, tmp_path):
+    images.save_png(tmp_path / "mirror.png", pair[0].transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    _, _, (left, right) = pair
+    second = stages.mask(tmp_path / "mirror.png", [(127 - left[0], left[1])], [(127 - right[0], right[1])], masked.subject, family=world)
+    assert second.reference == "references/01" and second.class_word == "pet"
+    assert len(Subject.open(masked.subject).manifest.references) == 2
+    stages.finetune(masked.subject, steps=1, family=world)
+
+
+def test_class_word_is_guessed_with_a_score_and_can_be_corrected(photo, pair, world, tmp_path):
+    guess = stages.mask(photo, [pair[2][0]], output=tmp_path / "g", family=world)
+    assert guess.class_word in world.profile.nouns and 0 < guess.class_score <= 1
+    corrected = stages.mask(photo, [pair[2][0]], output=tmp_path / "g", class_word="owl", family=world)
+    assert corrected.class_word == "owl" and corrected.class_score is None and corrected.unchanged
+
+
+@pytest.mark.parametrize("text", ["12", "a,b", "1,2,3", ""])
+def test_points_that_are_none(text):
+    with pytest.raises(InputError, match="is not a point"):
+        parse_point(text)
+
+
+def test_points_are_pixels_or_fractions_and_must_lie_inside():
+    assert resolve_points(["12,34", "0.5,1.0", (3, 4)], 101, 51) == [(12, 34), (50, 50), (3, 4)]
+    for outside in ("101,0", "0,51", "-1,5", "nan,3"):
+        with pytest.raises(InputError, match="101 wide and 51 high"):
+            resolve_points([outside], 101, 51)
+
+
+def test_one_place_marked_both_ways_is_refused(photo, world, tmp_path):
+    with pytest.raises(InputError, match="both positive and negative"):
+        stages.mask(photo, ["20,20"], ["20,20"], tmp_path / "x", family=world)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(masked, photo, pair, world, monkeypatch):
+    before = (masked.subject / "references/00/mask.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(P3SError, match="No space left on device.*nothing was changed"):
+        stages.mask(photo, [(1, 1)], [pair[2][1]], masked.subject, family=world)
+    assert (masked.subject / "references/00/mask.safetensors").read_bytes() == before
+    assert not [p for p in masked.subject.rglob(".*") if p.is_file()]
