@@ -74,18 +74,36 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     pass
 
 
 @app.command()
 def mask(
     photo: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP with the subject in it.")],
-    pos: Annotated[list[str], typer.Option(help="X,Y on the subject: pixels of the upright photo, or fractions such as 0.3,0.5. Repeatable.")],
+    pos: Annotated[
+        list[str],
+        typer.Option(help="X,Y on the subject: pixels of the upright photo, or fractions such as 0.3,0.5. Repeatable."),
+    ],
     neg: Annotated[list[str] | None, typer.Option(help="X,Y on the look-alike you do not mean. Repeatable.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Subject directory; default ./<name of the photo>/. An existing one gets another reference.")] = None,
-    class_word: Annotated[str | None, typer.Option("--class", help="What the subject is, such as dog; guessed with CLIP if left out.")] = None,
-    model: Annotated[str, typer.Option(help="sd15, world, a diffusers folder, a hub id or a .safetensors file.")] = "sd15",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Subject directory; default ./<name of the photo>/. An existing one gets another reference.",
+        ),
+    ] = None,
+    class_word: Annotated[
+        str | None, typer.Option("--class", help="What the subject is, such as dog; guessed with CLIP if left out.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="sd15, world, a diffusers folder, a hub id or a .safetensors file.")
+    ] = "sd15",
     preset: Annotated[str, typer.Option(help="default, or paper for the literal recipe.")] = "default",
     seed: Seed = 0,
     device: Device = "auto",
@@ -97,13 +115,27 @@ def mask(
     from p3s_cli import stages
 
     _run(
-        stages.mask, as_json, _show_mask, photo=photo, positive=pos, negative=neg or (), output=output, class_word=class_word,
-        model=model, preset=preset, seed=seed, device=device, dtype=dtype, force=force,
-    )  # fmt: skip
+        stages.mask,
+        as_json,
+        _show_mask,
+        photo=photo,
+        positive=pos,
+        negative=neg or (),
+        output=output,
+        class_word=class_word,
+        model=model,
+        preset=preset,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        force=force,
+    )
 
 
 def _show_mask(result: Any) -> list[str]:
-    guessed = "" if result.class_score is None else f" (guessed, score {result.class_score:.2f}; correct it with --class)"
+    guessed = (
+        "" if result.class_score is None else f" (guessed, score {result.class_score:.2f}; correct it with --class)"
+    )
     lines = [
         f"{result.subject}: {'unchanged, ' if result.unchanged else ''}{result.reference}, class {result.class_word}{guessed}",
         f"subject {result.areas['subject']:.1%} of the photo, negative {result.areas['negative']:.1%}, inpainting: {result.filler}",
@@ -130,13 +162,27 @@ def finetune(
     from p3s_cli import stages
 
     def show(result: Any) -> list[str]:
-        state = "unchanged since it was tuned" if result.unchanged else f"tuned for {result.steps} steps, last loss {result.loss:.4f}"
+        state = (
+            "unchanged since it was tuned"
+            if result.unchanged
+            else f"tuned for {result.steps} steps, last loss {result.loss:.4f}"
+        )
         return [f"{result.subject}: {state}", f'now: p3s generate {result.subject} "a [V] ... on the beach"']
 
     _run(
-        stages.finetune, as_json, show, subject_dir=subject_dir, steps=steps, lr=lr, preset=preset, seed=seed, model=model,
-        device=device, dtype=dtype, force=force,
-    )  # fmt: skip
+        stages.finetune,
+        as_json,
+        show,
+        subject_dir=subject_dir,
+        steps=steps,
+        lr=lr,
+        preset=preset,
+        seed=seed,
+        model=model,
+        device=device,
+        dtype=dtype,
+        force=force,
+    )
 
 
 @app.command()
@@ -146,10 +192,16 @@ def generate(
     n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up from it.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
-    guidance: Annotated[float | None, typer.Option(help="Strength of the text; default the family's (7.5 for sd15).")] = None,
-    subject_guidance: Annotated[float, typer.Option(help="Strength of the subject; equal to --guidance injects in the conditional half only.")] = 1.0,
+    guidance: Annotated[
+        float | None, typer.Option(help="Strength of the text; default the family's (7.5 for sd15).")
+    ] = None,
+    subject_guidance: Annotated[
+        float, typer.Option(help="Strength of the subject; equal to --guidance injects in the conditional half only.")
+    ] = 1.0,
     scheduler: Annotated[str, typer.Option(help="ddim, ddpm, dpm++, unipc, euler, euler_a, heun or pndm.")] = "ddim",
-    schedule: Annotated[str, typer.Option(help="Weight over time: quadratic, fixed, increasing, decreasing or off.")] = "quadratic",
+    schedule: Annotated[
+        str, typer.Option(help="Weight over time: quadratic, fixed, increasing, decreasing or off.")
+    ] = "quadratic",
     strength: Annotated[float, typer.Option(min=0, help="Multiplies the weight of the subject.")] = 1.0,
     model: OtherModel = None,
     device: Device = "auto",
@@ -162,13 +214,31 @@ def generate(
 
     def show(result: Any) -> list[str]:
         state = " (unchanged, nothing to do)" if result.unchanged else ""
-        return [*(f"warning: {w}" for w in result.warnings), *(f"{p}{state}" for p in result.images), f"look at {result.grid}"]
+        return [
+            *(f"warning: {w}" for w in result.warnings),
+            *(f"{p}{state}" for p in result.images),
+            f"look at {result.grid}",
+        ]
 
     _run(
-        stages.generate, as_json, show, subject_dir=subject_dir, prompt=prompt, n=n, seed=seed, steps=steps, guidance=guidance,
-        subject_guidance=subject_guidance, scheduler=scheduler, schedule=schedule, strength=strength, model=model, device=device,
-        dtype=dtype, force=force,
-    )  # fmt: skip
+        stages.generate,
+        as_json,
+        show,
+        subject_dir=subject_dir,
+        prompt=prompt,
+        n=n,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        subject_guidance=subject_guidance,
+        scheduler=scheduler,
+        schedule=schedule,
+        strength=strength,
+        model=model,
+        device=device,
+        dtype=dtype,
+        force=force,
+    )
 
 
 @app.command()

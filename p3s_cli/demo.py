@@ -45,7 +45,15 @@ def demo(
     family = load("world", device, dtype)
     common = {"family": family, "force": force, "on_progress": report}
     clock = _Clock()
-    masked = stages.mask(photo, [click(true_masks[0, 0])], [click(true_masks[0, 1])], subject_dir, chosen.instance.category, seed=seed, **common)
+    masked = stages.mask(
+        photo,
+        [click(true_masks[0, 0])],
+        [click(true_masks[0, 1])],
+        subject_dir,
+        chosen.instance.category,
+        seed=seed,
+        **common,
+    )
     clock.stop("mask")
     stages.finetune(subject_dir, seed=seed, **common)
     clock.stop("finetune")
@@ -53,7 +61,9 @@ def demo(
     made = [stages.generate(subject_dir, prompt, n=_IMAGES, seed=seed, **common) for prompt in prompts]
     clock.stop("generate")
     tensors, _ = load_tensors(subject_dir / masked.reference / "mask.safetensors")
-    iou = {n: intersection_over_union(tensors[n].bool(), true_masks[0, i]) for i, n in enumerate(("subject", "negative"))}
+    iou = {
+        n: intersection_over_union(tensors[n].bool(), true_masks[0, i]) for i, n in enumerate(("subject", "negative"))
+    }
     results = torch.stack([images.to_tensor(images.load_image(p)) for r in made for p in r.images])
     right = nearer(family.vision.embed(results), *(true_vectors(family, placed, seed) for placed in (chosen, other)))
     sheet = root / "sheet.png"
@@ -94,11 +104,17 @@ def _contact_sheet(path: Path, photo: Path, masked: stages.MaskResult, made: lis
     by_name = {p.name: images.load_image(p) for p in masked.pictures}
     filled, _ = load_tensors(masked.subject / masked.reference / "mask.safetensors")
     inpainted = images.to_pil(filled["inpainted"].float() / 255)
-    first = [("reference", images.load_image(photo)), ("points and masks", by_name["overlay.png"]), ("negative removed", inpainted)]
+    first = [
+        ("reference", images.load_image(photo)),
+        ("points and masks", by_name["overlay.png"]),
+        ("negative removed", inpainted),
+    ]
     tiles, verdicts = [], iter(right.tolist())
     for result in made:
         for file, seed in zip(result.images, result.seeds, strict=True):
-            tiles.append((f"{result.prompt} ({seed}) {'chosen' if next(verdicts) else 'OTHER'}", images.load_image(file)))
+            tiles.append(
+                (f"{result.prompt} ({seed}) {'chosen' if next(verdicts) else 'OTHER'}", images.load_image(file))
+            )
     rows = [("what was given", first), ("results", tiles[:4]), ("", tiles[4:])]
     images.save_png(path, pictures.sheet(rows, f"p3s demo: the {scene.subjects[0].instance.category} on the left"))
 
@@ -109,5 +125,7 @@ def table(result: dict[str, Any]) -> list[str]:
     lines += [f"{name:<10}{value:>9.1f}" for name, value in result["seconds"].items()]
     iou, selective = result["mask_iou"], result["selective"]
     lines.append(f"mask IoU with the truth: subject {iou['subject']:.2f}, negative {iou['negative']:.2f}")
-    lines.append(f"{selective['right']} of {selective['of']} results look like the chosen subject rather than the other")
+    lines.append(
+        f"{selective['right']} of {selective['of']} results look like the chosen subject rather than the other"
+    )
     return [*lines, f"look at {result['sheet']}"]

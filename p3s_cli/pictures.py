@@ -14,7 +14,9 @@ _TILE = 256  # pixels, the longer side of a tile in a sheet
 _MARGIN = 8
 
 
-def overlay(photo: Image.Image, subject: np.ndarray, negative: np.ndarray, positive: Sequence[Point], negatives: Sequence[Point]) -> Image.Image:
+def overlay(
+    photo: Image.Image, subject: np.ndarray, negative: np.ndarray, positive: Sequence[Point], negatives: Sequence[Point]
+) -> Image.Image:
     """The subject's mask in green with + at its points, the negative's in red with - at its; masks (H, W) bool."""
     pixels = np.asarray(photo).astype(np.float32)
     for mask, colour in ((subject, _GREEN), (negative, _RED)):
@@ -32,7 +34,9 @@ def overlay(photo: Image.Image, subject: np.ndarray, negative: np.ndarray, posit
 
 def _mark(draw: ImageDraw.ImageDraw, x: float, y: float, arm: int, colour: tuple[int, int, int], plus: bool) -> None:
     width = max(2, arm // 3)
-    draw.ellipse((x - 1.6 * arm, y - 1.6 * arm, x + 1.6 * arm, y + 1.6 * arm), fill="white", outline=colour, width=width)
+    draw.ellipse(
+        (x - 1.6 * arm, y - 1.6 * arm, x + 1.6 * arm, y + 1.6 * arm), fill="white", outline=colour, width=width
+    )
     draw.line((x - arm, y, x + arm, y), fill=colour, width=width)
     if plus:
         draw.line((x, y - arm, x, y + arm), fill=colour, width=width)

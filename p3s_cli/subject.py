@@ -1,12 +1,12 @@
 """The subject directory: a versioned manifest, and who made which file from what. No torch in here.
 
-    dog/
-      subject.json                     the manifest below
-      references/00/photo.png          the upright photo, without its EXIF
-      references/00/mask.safetensors   similarity maps, masks, inpainted pixels and latent
-      references/00/overlay.png, inpainted.png
-      control/control.safetensors      the trained control
-      outputs/                         generated images and their grids
+dog/
+  subject.json                     the manifest below
+  references/00/photo.png          the upright photo, without its EXIF
+  references/00/mask.safetensors   similarity maps, masks, inpainted pixels and latent
+  references/00/overlay.png, inpainted.png
+  control/control.safetensors      the trained control
+  outputs/                         generated images and their grids
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class Subject:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{root} is not a subject directory (it has no {MANIFEST}); make one with: p3s mask PHOTO --pos X,Y -o {root}") from error
+            raise InputError(
+                f"{root} is not a subject directory (it has no {MANIFEST}); make one with: p3s mask PHOTO --pos X,Y -o {root}"
+            ) from error
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({error}); restore it or make the subject again") from error
         try:
@@ -90,7 +92,9 @@ class Subject:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise InputError(f"{path} is not a manifest this version reads ({where}: {first['msg']}); restore it or make the subject again") from error
+            raise InputError(
+                f"{path} is not a manifest this version reads ({where}: {first['msg']}); restore it or make the subject again"
+            ) from error
 
     def save(self) -> None:
         text = json.dumps(self.manifest.model_dump(), indent=2, sort_keys=True) + "\n"
@@ -111,7 +115,9 @@ class Subject:
     # What each stage depends on. A hash that differs from the one its record holds makes the record stale.
 
     def mask_inputs(self, reference: Reference, settings: dict) -> str:
-        return digest(reference.photo_sha256, reference.positive, reference.negative, self.manifest.vision_fingerprint, settings)
+        return digest(
+            reference.photo_sha256, reference.positive, reference.negative, self.manifest.vision_fingerprint, settings
+        )
 
     def finetune_inputs(self, base_fingerprint: str) -> str:
         masks = [r.mask.artifacts if r.mask else None for r in self.manifest.references]
@@ -125,29 +131,42 @@ class Subject:
             stage = reference.mask
             if stage is None or stage.inputs != self.mask_inputs(reference, stage.settings) or not self.intact(stage):
                 photo = self.path(f"{reference.folder}/photo.png")
-                raise InputError(f"the mask of {reference.folder} does not belong to its points any more; refresh it with: {mask_command(photo, reference, self.root)}")
+                raise InputError(
+                    f"the mask of {reference.folder} does not belong to its points any more; refresh it with: {mask_command(photo, reference, self.root)}"
+                )
 
-    def check_control(self, base_fingerprint: str) -> Stage:
-        """The finetune record, if the control on disk belongs to these masks and this base. InputError otherwise."""
-        command = f"p3s finetune {shlex.quote(str(self.root))}"
-        stage = self.manifest.finetune
-        if stage is None:
-            raise InputError(f"{self.root} has not been tuned yet; run: {command}")
-        if stage.settings["base_fingerprint"] != base_fingerprint:
+    def tuned(self) -> Stage:
+        """The finetune record. Raises InputError, with the command to run, before there is one."""
+        if self.manifest.finetune is None:
+            raise InputError(f"{self.root} has not been tuned yet; run: {self._finetune_command}")
+        return self.manifest.finetune
+
+    def check_control(self, base_fingerprint: str) -> None:
+        """Raises InputError unless the control on disk is whole and belongs to these masks and this base."""
+        stage, command = self.tuned(), self._finetune_command
+        theirs = stage.settings["base_fingerprint"]
+        if theirs != base_fingerprint:
             raise InputError(
-                f"the control of {self.root} belongs to another base model "
-                f"({stage.settings['base_fingerprint'][:12]}, not {base_fingerprint[:12]}); name that model with --model, or run: {command}"
+                f"the control of {self.root} belongs to another base model ({theirs[:12]}, not "
+                f"{base_fingerprint[:12]}); name that model with --model, or run: {command}"
             )
         if stage.inputs != self.finetune_inputs(base_fingerprint):
-            raise InputError(f"{self.root} has changed since it was tuned (its points, masks or words); run: {command}")
+            raise InputError(f"{self.root} has changed since it was tuned (points, masks or words); run: {command}")
         if not self.intact(stage):
             raise InputError(f"the control of {self.root} is missing or damaged; run: {command} --force")
-        return stage
+
+    @property
+    def _finetune_command(self) -> str:
+        return f"p3s finetune {shlex.quote(str(self.root))}"
 
 
 def mask_command(photo: Path, reference: Reference, root: Path) -> str:
     """The command that makes this reference's mask again."""
-    points = [f"--{flag} {x:g},{y:g}" for flag, group in (("pos", reference.positive), ("neg", reference.negative)) for x, y in group]
+    points = [
+        f"--{flag} {x:g},{y:g}"
+        for flag, group in (("pos", reference.positive), ("neg", reference.negative))
+        for x, y in group
+    ]
     return f"p3s mask {shlex.quote(str(photo))} {' '.join(points)} -o {shlex.quote(str(root))}"
 
 
@@ -162,7 +181,9 @@ def parse_point(text: str) -> tuple[str, float, float]:
         first, second = text.split(",")
         x, y = float(first), float(second)
     except ValueError as error:
-        raise InputError(f"{text!r} is not a point; write X,Y in pixels, such as 120,88, or as fractions, such as 0.3,0.5") from error
+        raise InputError(
+            f"{text!r} is not a point; write X,Y in pixels, such as 120,88, or as fractions, such as 0.3,0.5"
+        ) from error
     if "." in first and "." in second and 0 <= x <= 1 and 0 <= y <= 1:
         return "fraction", x, y
     return "pixels", x, y
@@ -178,6 +199,8 @@ def resolve_points(points: Sequence[str | tuple[float, float]], width: int, heig
         else:
             x, y = map(float, point)
         if not (0 <= x < width and 0 <= y < height):
-            raise InputError(f"the point {x:g},{y:g} lies outside the image, which is {width} wide and {height} high; give x in 0-{width - 1}, y in 0-{height - 1}")
+            raise InputError(
+                f"the point {x:g},{y:g} lies outside the image, which is {width} wide and {height} high; give x in 0-{width - 1}, y in 0-{height - 1}"
+            )
         resolved.append((x, y))
     return resolved

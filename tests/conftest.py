@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network
 
@@ -66,3 +67,12 @@ def pair():
 
     pixels, masks = render([lookalike_scene(20_000_007)])
     return to_pil(pixels[0]), masks[0, :2], (click(masks[0, 0]), click(masks[0, 1]))
+
+
+@pytest.fixture(scope="session")
+def photo_data() -> Path:
+    """The folder of real photos (`P3S_DATA`, or `../shared/data`); skips where there is none."""
+    folder = Path(os.environ.get("P3S_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+    if not (folder / "selective_dev/manifest.json").is_file():
+        pytest.skip("no real photos here; name their folder in P3S_DATA")
+    return folder

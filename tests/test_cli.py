@@ -24,7 +24,19 @@ def home(tmp_path, monkeypatch, pair):
 
 def test_the_main_path_end_to_end(home, pair):
     _, _, ((x, y), (u, v)) = pair
-    result = p3s("mask", "two.png", "--pos", f"{x},{y}", "--neg", f"{u / 127:.4f},{v / 127:.4f}", "--model", "world", "--class", "pet", "--json")
+    result = p3s(
+        "mask",
+        "two.png",
+        "--pos",
+        f"{x},{y}",
+        "--neg",
+        f"{u / 127:.4f},{v / 127:.4f}",
+        "--model",
+        "world",
+        "--class",
+        "pet",
+        "--json",
+    )
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["subject"] == "two"
     assert p3s("finetune", "two", "--steps", 2).exit_code == 0
@@ -60,7 +72,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(home, arguments, words):
 def test_generate_checks_its_words_before_anything_is_loaded(home, pair):
     (x, y), _ = pair[2]
     p3s("mask", "two.png", "--pos", f"{x},{y}", "--model", "world", "--class", "pet")
-    for options, words in ((["a dog"], "no [V]"), (["a [V] dog", "--scheduler", "plms"], "no scheduler"), (["a [V] dog", "--schedule", "up"], "no weight schedule")):
+    for options, words in (
+        (["a dog"], "no [V]"),
+        (["a [V] dog", "--scheduler", "plms"], "no scheduler"),
+        (["a [V] dog", "--schedule", "up"], "no weight schedule"),
+    ):
         result = p3s("generate", "two", *options)
         assert result.exit_code == 2 and words in result.stderr
     assert "p3s finetune two" in p3s("generate", "two", "a [V] dog").stderr

@@ -53,7 +53,11 @@ def test_imports_go_one_way():
 def test_the_library_never_prints():
     for path in ROOT.rglob("*.py"):
         if path.name not in ("cli.py", "recipe.py"):
-            calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+            calls = [
+                n
+                for n in ast.walk(ast.parse(path.read_text()))
+                if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+            ]
             assert not any(c.func.id == "print" for c in calls), path
 
 

@@ -41,10 +41,14 @@ def test_mask_writes_what_it_says(masked, pair):
     tensors, metadata = load_tensors(masked.subject / "references/00/mask.safetensors")
     assert tensors["subject"].shape == (128, 128) and tensors["latent"].shape == (4, 16, 16)
     assert metadata["stage"] == "mask" and metadata["positive"] == [list(pair[2][0])]
-    assert set(subject.manifest.references[0].mask.artifacts) == {f"references/00/{n}" for n in ("photo.png", "overlay.png", "inpainted.png", "mask.safetensors")}
+    assert set(subject.manifest.references[0].mask.artifacts) == {
+        f"references/00/{n}" for n in ("photo.png", "overlay.png", "inpainted.png", "mask.safetensors")
+    }
     assert all(p.is_file() for p in masked.pictures) and not masked.unchanged
     x, y = map(int, pair[2][0])
-    assert tensors["subject"][y, x] and masked.areas["subject"] == pytest.approx(tensors["subject"].float().mean().item(), abs=1e-3)
+    assert tensors["subject"][y, x] and masked.areas["subject"] == pytest.approx(
+        tensors["subject"].float().mean().item(), abs=1e-3
+    )
     # eq. 3 leaves the subject alone
     keep = tensors["subject"].bool()
     assert torch.equal(tensors["inpainted"][:, keep].float() / 255, images.to_tensor(pair[0])[:, keep])
@@ -156,7 +160,9 @@ def test_paper_preset_runs_the_literal_equations(masked, photo, pair, world):
 def test_a_subject_can_have_several_references(masked, pair, world, tmp_path):
     images.save_png(tmp_path / "mirror.png", pair[0].transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     _, _, (left, right) = pair
-    second = stages.mask(tmp_path / "mirror.png", [(127 - left[0], left[1])], [(127 - right[0], right[1])], masked.subject, family=world)
+    second = stages.mask(
+        tmp_path / "mirror.png", [(127 - left[0], left[1])], [(127 - right[0], right[1])], masked.subject, family=world
+    )
     assert second.reference == "references/01" and second.class_word == "pet"
     assert len(Subject.open(masked.subject).manifest.references) == 2
     stages.finetune(masked.subject, steps=1, family=world)

@@ -33,9 +33,18 @@ class Method(Protocol):
 
     name: str
 
-    def fit(self, family: Family, subject: Subject, config, on_step: OnStep | None = None, checkpoint: Checkpoint | None = None) -> dict[str, Tensor]: ...
+    def fit(
+        self,
+        family: Family,
+        subject: Subject,
+        config,
+        on_step: OnStep | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> dict[str, Tensor]: ...
 
-    def bind(self, family: Family, subject: Subject, tensors: dict[str, Tensor], config) -> AbstractContextManager[Generator]: ...
+    def bind(
+        self, family: Family, subject: Subject, tensors: dict[str, Tensor], config
+    ) -> AbstractContextManager[Generator]: ...
 
 
 REGISTRY: dict[str, Method] = {}

@@ -98,7 +98,11 @@ class _Bank:
     def draw(self, batch: int, config: ControlConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, Condition]:
         """A batch of targets, weights and conditions; jointly or independently drawn."""
         target = torch.randint(len(self.targets), (batch,), generator=generator)
-        seen = torch.randint(len(self.targets), (batch,), generator=generator) if config.augment == "independent" else target
+        seen = (
+            torch.randint(len(self.targets), (batch,), generator=generator)
+            if config.augment == "independent"
+            else target
+        )
         return self.targets[target], self.weights[target], self.conditions[seen]
 
 
@@ -113,7 +117,12 @@ class P3S:
     name = "p3s"
 
     def fit(
-        self, family: Family, subject: Subject, config: FinetuneConfig, on_step: OnStep | None = None, checkpoint: Checkpoint | None = None
+        self,
+        family: Family,
+        subject: Subject,
+        config: FinetuneConfig,
+        on_step: OnStep | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> dict[str, Tensor]:
         """Train a control on the subject's references (P3S eq. 15). Returns its tensors, float32.
 
@@ -136,7 +145,9 @@ class P3S:
             return train(dict(control.named_parameters()), loss, recipe, on_step, checkpoint)
 
     @contextlib.contextmanager
-    def bind(self, family: Family, subject: Subject, tensors: dict[str, Tensor], config: tuple[ControlConfig, GenerateConfig]) -> Iterator[Generator]:
+    def bind(
+        self, family: Family, subject: Subject, tensors: dict[str, Tensor], config: tuple[ControlConfig, GenerateConfig]
+    ) -> Iterator[Generator]:
         """The frozen U-Net under this subject's control, conditioned on its first reference; as found on exit."""
         control_config, generate = config
         control = P3SControl(family.unet, family.vision.width, control_config)
@@ -152,7 +163,9 @@ class P3S:
             if not with_subject or weight == 0:
                 return controlled_noise(family.unet, x_t, t, states, None).float()
             given = seen.repeat(len(x_t))
-            injection, _ = control.inject(x_t, t, states, given.latent, given.vision, torch.full((len(x_t),), weight, device=x_t.device))
+            injection, _ = control.inject(
+                x_t, t, states, given.latent, given.vision, torch.full((len(x_t),), weight, device=x_t.device)
+            )
             return controlled_noise(family.unet, x_t, t, states, injection).float()
 
         with connected(family.unet, control):
@@ -162,7 +175,9 @@ class P3S:
 class _Loss:
     """One training step's loss: eq. 15 on a batch, text and injection dropped independently."""
 
-    def __init__(self, family: Family, subject: Subject, control: P3SControl, bank: _Bank, config: ControlConfig, batch: int):
+    def __init__(
+        self, family: Family, subject: Subject, control: P3SControl, bank: _Bank, config: ControlConfig, batch: int
+    ):
         self.unet, self.control, self.bank, self.config, self.batch = family.unet, control, bank, config, batch
         self.device, self.dtype = family.device, family.dtype
         self.noise_schedule = _alphas(family).to(family.device)
@@ -187,7 +202,9 @@ class _Loss:
             injection, copy_maps = self.control.inject(x_t, t, states, seen.latent, seen.vision, ones, active, maps)
             predicted = controlled_noise(self.unet, x_t, t, states, injection)
         denoising = denoising_loss(predicted, noise, weight)
-        value, consistency = total_loss(denoising, copy_maps, injection.maps, config.gamma, config.attention_loss, config.attention_gradient)
+        value, consistency = total_loss(
+            denoising, copy_maps, injection.maps, config.gamma, config.attention_loss, config.attention_gradient
+        )
         return value, {"denoising": denoising.item(), "consistency": consistency.item()}
 
 

@@ -50,7 +50,9 @@ class Injection:
     maps: dict[str, Tensor] = field(default_factory=dict)
 
 
-def attend(attn: Attention, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, explicit: bool) -> tuple[Tensor, Tensor | None]:
+def attend(
+    attn: Attention, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, explicit: bool
+) -> tuple[Tensor, Tensor | None]:
     """One attention layer with its own projections: (B, N, C) queries over (B, M, *) keys and values.
 
     `bias` broadcasts to (B, heads, N, M). With `explicit`, P3S eq. 13's softmax is computed in fp32 and
@@ -76,8 +78,15 @@ class _Recorder:
     def __init__(self, name: str):
         self.name = name
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-                 attention_mask: Tensor | None = None, temb: Tensor | None = None, p3s: Recording | None = None) -> Tensor:
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        p3s: Recording | None = None,
+    ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         out, weights = attend(attn, hidden_states, context, context, None, p3s is not None and self.name in p3s.wanted)
         if p3s is not None:
@@ -96,8 +105,15 @@ class _Receiver:
     def __init__(self, name: str):
         self.name = name
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-                 attention_mask: Tensor | None = None, temb: Tensor | None = None, p3s: Injection | None = None) -> Tensor:
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        p3s: Injection | None = None,
+    ) -> Tensor:
         if p3s is None:
             context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             return attend(attn, hidden_states, context, context, None, False)[0]

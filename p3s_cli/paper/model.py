@@ -50,7 +50,15 @@ class P3SControl(nn.Module):
         self.map_layers = self.cross_layers if config.attention_layers == "all" else self.cross_layers[-1:]
 
     def inject(
-        self, x_t: Tensor, t: Tensor, text: Tensor, latent: Tensor, vision: Tensor, weight: Tensor, active: Tensor | None = None, maps: bool = False
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        text: Tensor,
+        latent: Tensor,
+        vision: Tensor,
+        weight: Tensor,
+        active: Tensor | None = None,
+        maps: bool = False,
     ) -> tuple[Injection, dict[str, Tensor]]:
         """P3S eq. 6 for every layer: run the copy on x_t + I'' and pass its states through the zero convolutions.
 
@@ -79,7 +87,9 @@ def connected(unet: UNet2DConditionModel, control: P3SControl) -> Iterator[None]
         yield
 
 
-def controlled_noise(unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, text: Tensor, injection: Injection | None) -> Tensor:
+def controlled_noise(
+    unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, text: Tensor, injection: Injection | None
+) -> Tensor:
     """P3S eq. 9: eps = F(eps_t f, x_t, c, t). With no injection, the frozen U-Net alone. (B, C, h, w)."""
     kwargs = None if injection is None else {"p3s": injection}
     return unet(x_t, t, text, cross_attention_kwargs=kwargs).sample

@@ -79,7 +79,9 @@ def connected_mask(score: np.ndarray, seeds: Sequence[tuple[int, int]]) -> tuple
     return np.isin(labels, [labels[s] for s in seeds if labels[s]]), lowered
 
 
-def select(features: Tensor, positive: Sequence[Point], negative: Sequence[Point], size: tuple[int, int], config: MaskConfig) -> Selection:
+def select(
+    features: Tensor, positive: Sequence[Point], negative: Sequence[Point], size: tuple[int, int], config: MaskConfig
+) -> Selection:
     """P3S eq. 1-2, for the subject and, with the roles swapped, for the negative.
 
     features (H_p, W_p, D); points as fractions (x, y); size (H, W) of the masks in pixels.
@@ -100,7 +102,9 @@ def select(features: Tensor, positive: Sequence[Point], negative: Sequence[Point
         if lowered:
             warnings.append(f"Otsu's threshold left a {name} point outside its mask, so it was lowered to include it")
         if mask.mean() > 0.9:
-            warnings.append(f"the mask of the {name} point covers nearly the whole image; add a point on what it should not cover")
+            warnings.append(
+                f"the mask of the {name} point covers nearly the whole image; add a point on what it should not cover"
+            )
         masks.append(torch.from_numpy(mask))
     subject, other = masks
     if (subject & other).any():

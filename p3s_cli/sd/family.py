@@ -97,7 +97,9 @@ class Family:
     def vision(self) -> VisionTower:
         clip = self._frozen(_fetch(CLIPModel, self._clip, None, use_safetensors=True))
         processor = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(self._clip)[0]
-        return VisionTower(clip, _fetch(CLIPTokenizer, self._clip_tokenizer, None), processor["image_mean"], processor["image_std"])
+        return VisionTower(
+            clip, _fetch(CLIPTokenizer, self._clip_tokenizer, None), processor["image_mean"], processor["image_std"]
+        )
 
     @cached_property
     def inpaint_unet(self) -> UNet2DConditionModel | None:
@@ -133,7 +135,11 @@ class Family:
     def _clip_tokenizer(self) -> str:
         inside = Path(self._clip)
         beside = inside.parent / "tokenizer"
-        return str(beside) if inside.is_dir() and not (inside / "tokenizer.json").exists() and beside.is_dir() else self._clip
+        return (
+            str(beside)
+            if inside.is_dir() and not (inside / "tokenizer.json").exists() and beside.is_dir()
+            else self._clip
+        )
 
     def _base_part(self, kind: Any, part: str) -> Any:
         if Path(self.profile.base).suffix == ".safetensors":
@@ -160,19 +166,27 @@ def _profile(model: str) -> Profile:
     if model == "world":
         path = _WORLD
     if path.suffix in _PICKLES:
-        raise InputError(f"{model} is a pickle, which can run code when opened and is never loaded; convert it to .safetensors first")
+        raise InputError(
+            f"{model} is a pickle, which can run code when opened and is never loaded; convert it to .safetensors first"
+        )
     if path.is_dir():
         if not (path / "unet").is_dir():
-            raise InputError(f"{path} is not a diffusers folder (it has no unet/); give one, or a single .safetensors file")
+            raise InputError(
+                f"{path} is not a diffusers folder (it has no unet/); give one, or a single .safetensors file"
+            )
         own = path / "p3s.json"
-        return Profile.read(own, base=str(path)) if own.exists() else Profile.read(_SD15, name=path.name, base=str(path))
+        return (
+            Profile.read(own, base=str(path)) if own.exists() else Profile.read(_SD15, name=path.name, base=str(path))
+        )
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise InputError(f"{path} does not exist")
         return Profile.read(_SD15, name=path.stem, base=str(path))
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return Profile.read(_SD15, name=model, base=model)
-    raise InputError(f"no model is called {model!r}; use sd15, world, a diffusers folder, a hub id such as owner/name, or a .safetensors file")
+    raise InputError(
+        f"no model is called {model!r}; use sd15, world, a diffusers folder, a hub id such as owner/name, or a .safetensors file"
+    )
 
 
 def resolve_device(name: str) -> str:
@@ -205,7 +219,9 @@ def _fetch(kind: Any, where: str, subfolder: str | None, **options: Any) -> Any:
         return kind.from_pretrained(where, local_files_only=True, **options)
     except (OSError, ValueError, KeyError) as error:
         if Path(where).exists():
-            raise InputError(f"{_name(where, subfolder)} cannot be read ({_first_line(error)}); restore the folder") from error
+            raise InputError(
+                f"{_name(where, subfolder)} cannot be read ({_first_line(error)}); restore the folder"
+            ) from error
         return _download(lambda: kind.from_pretrained(where, **options), where, subfolder)
 
 

@@ -32,7 +32,9 @@ def load_image(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise InputError(f"{path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 1_000_000} million; make it smaller")
+                raise InputError(
+                    f"{path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 1_000_000} million; make it smaller"
+                )
             image.load()
             upright = _rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
@@ -42,7 +44,9 @@ def load_image(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path} cannot be read as an image ({error})") from error
     if min(upright.size) < MIN_SIDE:
-        raise InputError(f"{path} has {upright.width} x {upright.height} pixels; a reference needs at least {MIN_SIDE} on each side")
+        raise InputError(
+            f"{path} has {upright.width} x {upright.height} pixels; a reference needs at least {MIN_SIDE} on each side"
+        )
     return upright
 
 

@@ -13,7 +13,9 @@ from p3s_cli.sd.family import Family
 from p3s_cli.sd.images import to_pil, to_tensor
 
 
-def inpainting_filler(family: Family, steps: int = 25, prompt: str = "") -> Callable[[Tensor, Tensor, int], Tensor] | None:
+def inpainting_filler(
+    family: Family, steps: int = 25, prompt: str = ""
+) -> Callable[[Tensor, Tensor, int], Tensor] | None:
     """A filler over diffusers' inpainting pipeline, or None where the family has no inpainter at hand.
 
     The filler takes an image (3, H, W) in [0, 1], a region to repaint (H, W) bool and a seed; it works

@@ -39,7 +39,9 @@ def build_scheduler(name: str, config: dict) -> diffusers.SchedulerMixin:
     return getattr(diffusers, kind).from_config(config, **options)
 
 
-def guided_noise(eps: Eps, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, guidance: float, subject_guidance: float) -> Tensor:
+def guided_noise(
+    eps: Eps, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, guidance: float, subject_guidance: float
+) -> Tensor:
     """eps_u + s_i (eps_i - eps_u) + s_t (eps_t - eps_i): u knows neither, i the subject, t subject and text.
 
     s_t is `guidance`, s_i `subject_guidance`. Passes whose coefficient is zero are not run: s_i = 1

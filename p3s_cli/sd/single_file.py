@@ -34,7 +34,9 @@ def load_part(path: Path, part: str, configs: Path = _CONFIGS) -> Any:
         return kind.from_single_file(str(path), config=str(configs), subfolder=part, local_files_only=True)
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} holds no {part} of the SD v1 layout ({reason}); give a full SD v1 checkpoint or a diffusers folder") from error
+        raise InputError(
+            f"{path} holds no {part} of the SD v1 layout ({reason}); give a full SD v1 checkpoint or a diffusers folder"
+        ) from error
 
 
 def _text_encoder(path: Path, configs: Path) -> CLIPTextModel:

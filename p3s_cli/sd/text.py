@@ -16,7 +16,9 @@ PLACEHOLDER = "[V]"
 def identify(prompt: str, identifier: str) -> str:
     """Put the subject's identifier where the prompt says [V]. Raises InputError where it says it nowhere."""
     if PLACEHOLDER not in prompt:
-        raise InputError(f'the prompt "{prompt}" has no [V]; write [V] before the class word, as in "a [V] dog on the beach"')
+        raise InputError(
+            f'the prompt "{prompt}" has no [V]; write [V] before the class word, as in "a [V] dog on the beach"'
+        )
     return prompt.replace(PLACEHOLDER, identifier)
 
 
@@ -30,11 +32,15 @@ def check_identifier_survives(tokenizer: CLIPTokenizer, prompt: str, identifier:
     """Raises InputError if the identifier is cut off with the tail of a prompt that is too long."""
     ids = tokenizer(prompt.split(identifier)[0] + identifier, truncation=False, verbose=False).input_ids
     if len(ids) > tokenizer.model_max_length:
-        raise InputError(f"[V] lies beyond the {tokenizer.model_max_length} tokens the text encoder reads; move it towards the beginning of the prompt")
+        raise InputError(
+            f"[V] lies beyond the {tokenizer.model_max_length} tokens the text encoder reads; move it towards the beginning of the prompt"
+        )
 
 
 @torch.no_grad()
 def encode(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
     """Text states (B, 77, D)."""
-    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
+    tokens = tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    )
     return text_encoder(tokens.input_ids.to(text_encoder.device)).last_hidden_state

@@ -88,7 +88,9 @@ def train(
         applied = run.apply(value)
         skipped = 0 if applied else skipped + 1
         if skipped == _SKIPPED_IN_A_ROW:
-            raise P3SError(f"training stopped at step {run.step}: the loss was not finite {skipped} times in a row; lower the learning rate")
+            raise P3SError(
+                f"training stopped at step {run.step}: the loss was not finite {skipped} times in a row; lower the learning rate"
+            )
         if on_step:
             on_step(run.step, recipe.steps, {"loss": value.item(), **log})
         if checkpoint and time.monotonic() - saved > checkpoint.every:

@@ -73,6 +73,8 @@ class VisionTower:
 
     def _forward(self, images: Tensor, grid: tuple[int, int]):
         size = (grid[0] * self.patch, grid[1] * self.patch)
-        pixels = F.interpolate(images.float().cpu(), size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        pixels = F.interpolate(
+            images.float().cpu(), size=size, mode="bicubic", antialias=True, align_corners=False
+        ).clamp(0, 1)
         pixels = ((pixels - self._mean) / self._std).to(self.clip.device, self.clip.dtype)
         return self.clip.vision_model(pixel_values=pixels, interpolate_pos_encoding=True, output_hidden_states=True)

@@ -85,7 +85,14 @@ class Workshop:
         """Train all of `module`, leaving the weights to keep in it."""
         steps = self.steps or STEPS[stage]
         recipe = Recipe(
-            steps, LEARNING_RATE[stage], weight_decay, warmup=min(200, steps // 10), decay="cosine", ema=ema, seed=self.seed, betas=(0.9, 0.99)
+            steps,
+            LEARNING_RATE[stage],
+            weight_decay,
+            warmup=min(200, steps // 10),
+            decay="cosine",
+            ema=ema,
+            seed=self.seed,
+            betas=(0.9, 0.99),
         )
         started, first = time.monotonic(), [None]
 
@@ -93,9 +100,24 @@ class Workshop:
             first[0] = first[0] or step
             if step % 50 == 0 or step == total:
                 rate = (step - first[0] + 1) * BATCH[stage] / (time.monotonic() - started)
-                self.log(stage, {"step": step, "of": total, "samples_per_s": round(rate, 1), **{k: round(v, 5) for k, v in numbers.items()}})
+                self.log(
+                    stage,
+                    {
+                        "step": step,
+                        "of": total,
+                        "samples_per_s": round(rate, 1),
+                        **{k: round(v, 5) for k, v in numbers.items()},
+                    },
+                )
 
-        keep = train(dict(module.named_parameters()), loss, recipe, on_step, Checkpoint(self.work / f"{stage}.safetensors", 90), self.until)
+        keep = train(
+            dict(module.named_parameters()),
+            loss,
+            recipe,
+            on_step,
+            Checkpoint(self.work / f"{stage}.safetensors", 90),
+            self.until,
+        )
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 parameter.copy_(keep[name])
@@ -139,7 +161,9 @@ def stage_vae(shop: Workshop) -> None:
 
     shop.fit("vae", vae, loss, weight_decay=0.0, ema=0.998)
     with torch.no_grad():
-        latents = torch.cat([vae.encode(shop.pool.pixels(torch.arange(i, i + 32))).latent_dist.mean for i in range(0, 512, 32)])
+        latents = torch.cat(
+            [vae.encode(shop.pool.pixels(torch.arange(i, i + 32))).latent_dist.mean for i in range(0, 512, 32)]
+        )
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     vae.save_pretrained(shop.family / "vae")
     shop.log("vae", {"scaling_factor": vae.config.scaling_factor})
@@ -219,7 +243,11 @@ def _latents(shop: Workshop) -> Tensor:
     latents = []
     for i in range(0, len(shop.pool.scenes), 64):
         with shop.autocast():
-            latents.append(vae.encode(shop.pool.pixels(torch.arange(i, min(i + 64, len(shop.pool.scenes))))).latent_dist.mean.float())
+            latents.append(
+                vae.encode(
+                    shop.pool.pixels(torch.arange(i, min(i + 64, len(shop.pool.scenes))))
+                ).latent_dist.mean.float()
+            )
     scaled = torch.cat(latents).cpu() * vae.config.scaling_factor
     save_tensors(path, {"latents": scaled})
     return scaled
@@ -239,7 +267,10 @@ def stage_export(shop: Workshop) -> None:
         model.save_pretrained(target / name)
     CLIPTokenizer.from_pretrained(shop.family / "tokenizer").save_pretrained(target / "tokenizer")
     CLIPImageProcessor(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
     ).save_pretrained(target / "clip")
     models.build_scheduler().save_pretrained(target / "scheduler")
     shop.log("export", {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()})

@@ -72,7 +72,9 @@ def _draw_subjects(placed, canvas: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor
             part_cover, part_canvas = cover[index], canvas[index]
             for primitive, rgb in parts:
                 colour = torch.tensor(rgb, device=x.device).view(1, 3, 1, 1)
-                part_cover, part_canvas = _paint(primitive, colour, *local, scale[index] * width, part_cover, part_canvas)
+                part_cover, part_canvas = _paint(
+                    primitive, colour, *local, scale[index] * width, part_cover, part_canvas
+                )
             cover[index], canvas[index] = part_cover, part_canvas
     return cover, canvas
 
@@ -120,7 +122,10 @@ def _materials(instances, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q = turn * ((v * angle.cos() - u * angle.sin()) / period + _column([i.pattern_phase[1] for i in instances], u))
     kinds = [i.pattern for i in instances]
     stripe, check, spot = p.sin(), p.sin() * q.sin(), (p.cos() + q.cos()) / 2 - 0.25
-    field = sum(_column([float(k == name) for k in kinds], u) * f for name, f in (("striped", stripe), ("checkered", check), ("spotted", spot)))
+    field = sum(
+        _column([float(k == name) for k in kinds], u) * f
+        for name, f in (("striped", stripe), ("checkered", check), ("spotted", spot))
+    )
     share = torch.sigmoid(10 * field) * _column([float(k != "plain") for k in kinds], u)
     shaded = torch.lerp(body, second, share[:, None])
     return shaded * (1.04 - 0.10 * v.clamp(-1, 1))[:, None], second
@@ -175,7 +180,9 @@ def _snow(x, y, a, b, c, d, e):
     for k in range(2):
         tree = 0.1 + 0.55 * k + 0.25 * (d if k else e)
         height = ((y - 0.18) / 0.36).clamp(0, 1)
-        image = _over(image, _rgb(0.25, 0.45, 0.42), _step(0.10 * height - (x - tree).abs()) * _step(y - 0.18) * _step(0.56 - y))
+        image = _over(
+            image, _rgb(0.25, 0.45, 0.42), _step(0.10 * height - (x - tree).abs()) * _step(y - 0.18) * _step(0.56 - y)
+        )
     image = _over(image, _rgb(0.95, 0.97, 1.0, 0.97 + 0.03 * a + 0 * x), _step(y - hill))
     u, v = (5 * x + e) % 1 - 0.5, (5 * y + 3 * d + 0.5 * torch.floor(5 * x + e)) % 1 - 0.5
     return _over(image, _rgb(1.0, 1.0, 1.0), _step(0.13 - (u**2 + v**2).sqrt(), 0.14))
@@ -205,12 +212,16 @@ def _wooden_floor(x, y, a, b, c, d, e):
 
 def _mountain(x, y, a, b, c, d, e):
     image = _sky(y, a)
-    for k, (peak, height, tone) in enumerate(((0.15 + 0.3 * b, 0.20 + 0.1 * c, 0.85), (0.55 + 0.3 * d, 0.10 + 0.12 * e, 1.0))):
+    for k, (peak, height, tone) in enumerate(
+        ((0.15 + 0.3 * b, 0.20 + 0.1 * c, 0.85), (0.55 + 0.3 * d, 0.10 + 0.12 * e, 1.0))
+    ):
         rise = y - height - 0.85 * (x - peak).abs()
         image = _over(image, _rgb(0.46 * tone, 0.48 * tone, 0.58 * tone), _step(rise))
         cap = height + 0.13 + 0.02 * torch.sin(30 * x + 2 * k)
         image = _over(image, _rgb(0.97, 0.98, 1.0), _step(rise) * _step(cap - y))
-    return _over(image, _rgb(0.42, 0.66, 0.32, 0.92 + 0.16 * a + 0 * x), _step(y - 0.54 - 0.02 * torch.sin(7 * x + 6 * e)))
+    return _over(
+        image, _rgb(0.42, 0.66, 0.32, 0.92 + 0.16 * a + 0 * x), _step(y - 0.54 - 0.02 * torch.sin(7 * x + 6 * e))
+    )
 
 
 def _city(x, y, a, b, c, d, e):

@@ -162,7 +162,9 @@ def describe(placed: Placed, rng: random.Random, full: bool = False) -> str:
         words.append("".join(rng.choices(string.ascii_lowercase, k=3)))
     noun = " ".join([*words, instance.category])
     article = "an" if noun[0] in "aeiou" else "a"
-    wearing = f" wearing {'' if placed.accessory.endswith('glasses') else 'a '}{placed.accessory}" if placed.accessory else ""
+    wearing = (
+        f" wearing {'' if placed.accessory.endswith('glasses') else 'a '}{placed.accessory}" if placed.accessory else ""
+    )
     return f"{article} {noun}{wearing}"
 
 

@@ -18,7 +18,14 @@ def attention(unet):
 
 def injection(f, gates=None, weight=1.0, active=None, lam=0.2):
     batch = len(f)
-    return Injection({LAYER: f}, {}, torch.full((batch,), weight), lam, None if gates is None else {LAYER: torch.tensor(gates)}, active)
+    return Injection(
+        {LAYER: f},
+        {},
+        torch.full((batch,), weight),
+        lam,
+        None if gates is None else {LAYER: torch.tensor(gates)},
+        active,
+    )
 
 
 def run(attn, z, injected):
@@ -87,7 +94,9 @@ def test_explicit_softmax_and_sdpa_agree_and_rows_sum_to_one(unet, states):
     z, f = states
     keys, values, bias = injected_keys_values(z, injection(f, gates=-2.0), LAYER)
     out, weights = attend(attention(unet), z, keys, values, bias, explicit=True)
-    torch.testing.assert_close(out, attend(attention(unet), z, keys, values, bias, explicit=False)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        out, attend(attention(unet), z, keys, values, bias, explicit=False)[0], rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 9))
 
 
@@ -139,7 +148,9 @@ def test_gradients_reach_every_trained_part_and_no_frozen_one(unet, make_control
     x_t, t, text, latent, vision = batch
     with connected(unet, control):
         injected, maps = control.inject(x_t, t, text, latent, vision, torch.ones(2), maps=True)
-        loss = F.mse_loss(controlled_noise(unet, x_t, t, text, injected), x_t) + sum(m.square().sum() for m in maps.values())
+        loss = F.mse_loss(controlled_noise(unet, x_t, t, text, injected), x_t) + sum(
+            m.square().sum() for m in maps.values()
+        )
     loss.backward()
     for part in ("zero_self", "zero_cross", "gates", "rngr", "copy.down_blocks", "copy.mid_block"):
         grads = [p.grad for n, p in control.named_parameters() if n.startswith(part)]

@@ -61,7 +61,13 @@ def test_a_filler_that_paints_the_subject_again_is_refused_and_the_next_seed_tak
 def test_after_all_seeds_the_classical_filler_is_used():
     image, region = halves()
     image[:, region] = torch.tensor([[0.9], [0.3], [0.0]])
-    made = remove_negative(image, region, POINT, colour_features, lambda p, w, s: torch.where(w, p.new_tensor([1.0, 0, 0]).view(3, 1, 1), p))
+    made = remove_negative(
+        image,
+        region,
+        POINT,
+        colour_features,
+        lambda p, w, s: torch.where(w, p.new_tensor([1.0, 0, 0]).view(3, 1, 1), p),
+    )
     assert made.filler == "classical" and made.after < made.before
 
 

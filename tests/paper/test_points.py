@@ -31,7 +31,9 @@ def test_similarity_is_the_cosine_to_the_point_and_the_maximum_over_points():
     assert similarity_map(features, []).abs().sum() == 0
 
 
-@pytest.mark.parametrize(("point", "patch"), [((0, 0), (0, 0)), ((1, 1), (3, 5)), ((0.5, 0.26), (1, 3)), ((0.99, 0.24), (0, 5))])
+@pytest.mark.parametrize(
+    ("point", "patch"), [((0, 0), (0, 0)), ((1, 1), (3, 5)), ((0.5, 0.26), (1, 3)), ((0.99, 0.24), (0, 5))]
+)
 def test_every_pixel_of_a_wide_photo_is_covered_by_a_patch(point, patch):
     assert patch_of(point, (4, 6)) == patch
 
@@ -101,5 +103,7 @@ def test_no_negative_point_means_no_negative_mask():
 def test_mirroring_the_photo_mirrors_the_masks():
     features = scene((*LEFT, SUBJECT), (*RIGHT, OTHER))
     made = select(features, [ON_LEFT], [ON_RIGHT], (48, 48), MaskConfig())
-    mirrored = select(features.flip(1), [(1 - ON_LEFT[0] - 1e-6, 0.5)], [(1 - ON_RIGHT[0] - 1e-6, 0.5)], (48, 48), MaskConfig())
+    mirrored = select(
+        features.flip(1), [(1 - ON_LEFT[0] - 1e-6, 0.5)], [(1 - ON_RIGHT[0] - 1e-6, 0.5)], (48, 48), MaskConfig()
+    )
     assert (made.subject.flip(1) != mirrored.subject).float().mean() < 0.01

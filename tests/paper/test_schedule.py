@@ -26,4 +26,6 @@ def test_variants_early_and_late_in_denoising(kind, early, late):
 def test_decreasing_is_the_straight_line_and_increasing_mirrors_eq_10():
     assert injection_weight(500, WeightSchedule(kind="decreasing")) == pytest.approx(0.95)
     for t in (0, 130, 720, 1000):
-        assert injection_weight(t, WeightSchedule(kind="increasing")) == pytest.approx(injection_weight(1000 - t, WeightSchedule()))
+        assert injection_weight(t, WeightSchedule(kind="increasing")) == pytest.approx(
+            injection_weight(1000 - t, WeightSchedule())
+        )

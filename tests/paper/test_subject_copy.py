@@ -72,9 +72,13 @@ def test_the_written_map(frozen, copied):
 
 def test_weights_come_from_the_matching_layer(unet):
     copy, frozen = build_copy(unet).state_dict(), unet.state_dict()
-    assert torch.equal(copy["up_blocks.1.attentions.1.proj_in.weight"], frozen["up_blocks.1.attentions.2.proj_in.weight"])
+    assert torch.equal(
+        copy["up_blocks.1.attentions.1.proj_in.weight"], frozen["up_blocks.1.attentions.2.proj_in.weight"]
+    )
     assert torch.equal(copy["down_blocks.0.resnets.0.conv1.weight"], frozen["down_blocks.0.resnets.0.conv1.weight"])
-    assert copy["conv_in.weight"].data_ptr() != frozen["conv_in.weight"].data_ptr()  # training the copy must not move the base
+    assert (
+        copy["conv_in.weight"].data_ptr() != frozen["conv_in.weight"].data_ptr()
+    )  # training the copy must not move the base
 
 
 def test_layers_are_listed_in_the_order_of_the_forward_pass(unet):

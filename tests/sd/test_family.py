@@ -46,7 +46,9 @@ def test_a_diffusers_folder_brings_its_own_profile(world):
 
 def test_parts_are_frozen_and_the_family_is_its_own_inpainter(world):
     assert world.inpaint_unet is world.unet
-    assert not any(p.requires_grad for p in (*world.unet.parameters(), *world.vae.parameters(), *world.text_encoder.parameters()))
+    assert not any(
+        p.requires_grad for p in (*world.unet.parameters(), *world.vae.parameters(), *world.text_encoder.parameters())
+    )
 
 
 def test_vision_features_cover_a_wide_image_and_match_transformers_on_a_square_one(world):

@@ -23,7 +23,12 @@ def toy_eps(calls):
 
 @pytest.mark.parametrize(
     ("s_t", "s_i", "passes"),
-    [(7.5, 1.0, [(2, True)]), (7.5, 7.5, [(1, False), (1, True)]), (7.5, 2.0, [(1, False), (2, True)]), (1.0, 1.0, [(1, True)])],
+    [
+        (7.5, 1.0, [(2, True)]),
+        (7.5, 7.5, [(1, False), (1, True)]),
+        (7.5, 2.0, [(1, False), (2, True)]),
+        (1.0, 1.0, [(1, True)]),
+    ],
 )
 def test_guidance_is_its_formula_and_runs_only_the_passes_it_needs(s_t, s_i, passes):
     calls, x = [], torch.zeros(1, 4, 2, 2)
@@ -35,18 +40,38 @@ def test_guidance_is_its_formula_and_runs_only_the_passes_it_needs(s_t, s_i, pas
 def test_ddim_with_guidance_equals_the_diffusers_pipeline(world):
     """Same noise, prompt and steps: our sampler over the bare U-Net (inside the seam) is diffusers' pipeline to 1e-5."""
     pipeline = StableDiffusionPipeline(
-        vae=world.vae, text_encoder=world.text_encoder, tokenizer=world.tokenizer, unet=world.unet,
-        scheduler=DDIMScheduler.from_config(world.scheduler_config), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=world.vae,
+        text_encoder=world.text_encoder,
+        tokenizer=world.tokenizer,
+        unet=world.unet,
+        scheduler=DDIMScheduler.from_config(world.scheduler_config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
     noise, _ = initial_noise([3, 4], (4, 16, 16))
-    theirs = pipeline(["a dog"] * 2, num_inference_steps=5, guidance_scale=5.0, latents=noise, height=128, width=128, output_type="latent").images
+    theirs = pipeline(
+        ["a dog"] * 2,
+        num_inference_steps=5,
+        guidance_scale=5.0,
+        latents=noise,
+        height=128,
+        width=128,
+        output_type="latent",
+    ).images
     states, empty = text.encode(world.tokenizer, world.text_encoder, ["a dog", ""]).split(1)
     with attention_seam(world.unet, "frozen"):
         ours = sample(
-            lambda x, t, s, _: world.unet(x, t, s).sample, states.expand(2, -1, -1), empty, build_scheduler("ddim", world.scheduler_config),
-            [3, 4], (4, 16, 16), 5, 5.0,
-        )  # fmt: skip
+            lambda x, t, s, _: world.unet(x, t, s).sample,
+            states.expand(2, -1, -1),
+            empty,
+            build_scheduler("ddim", world.scheduler_config),
+            [3, 4],
+            (4, 16, 16),
+            5,
+            5.0,
+        )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 

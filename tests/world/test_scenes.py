@@ -21,7 +21,7 @@ def test_masks_are_disjoint_one_for_each_subject_and_hold_its_colours():
     scenes = [sample_scene(s) for s in range(60)]
     images, masks = render(scenes)
     assert (masks.sum(1) <= 1).all()
-    for scene, image, mask in zip(scenes, images, masks, strict=True):
+    for scene, _, mask in zip(scenes, images, masks, strict=True):
         areas = mask.flatten(1).sum(1).tolist()
         assert all(a > 100 for a in areas[: len(scene.subjects)]) and not any(areas[len(scene.subjects) :])
     empty, _ = render([type(s)((), s.background, s.look) for s in scenes])

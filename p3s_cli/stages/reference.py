@@ -40,7 +40,9 @@ def check_points(positive: Sequence[tuple[float, float]], negative: Sequence[tup
         raise InputError("no positive point was given; mark the subject with --pos X,Y")
     for point in positive:
         if point in negative:
-            raise InputError(f"the point {point[0]:g},{point[1]:g} is both positive and negative; put the negative one on the thing you do not mean")
+            raise InputError(
+                f"the point {point[0]:g},{point[1]:g} is both positive and negative; put the negative one on the thing you do not mean"
+            )
 
 
 def make(family: Family, picture: Image.Image, points: Points, config: MaskConfig, seed: int) -> Masked:
@@ -52,7 +54,9 @@ def make(family: Family, picture: Image.Image, points: Points, config: MaskConfi
     def embed(image: Tensor) -> Tensor:
         return family.vision.patches(image, layer, side)
 
-    positive, negative = ([((x + 0.5) / picture.width, (y + 0.5) / picture.height) for x, y in group] for group in points)
+    positive, negative = (
+        [((x + 0.5) / picture.width, (y + 0.5) / picture.height) for x, y in group] for group in points
+    )
     features = embed(pixels)
     selection = select(features, positive, negative, (picture.height, picture.width), config)
     patch = max(picture.height / features.shape[0], picture.width / features.shape[1])
@@ -69,9 +73,14 @@ def write(subject: Subject, reference: Reference, picture: Image.Image, made: Ma
     names = {n: f"{reference.folder}/{n}" for n in ("photo.png", "overlay.png", "inpainted.png", "mask.safetensors")}
     filled = images.to_pil(inpainted.image)
     images.save_png(subject.path(names["photo.png"]), picture)
-    shown = pictures.overlay(picture, selection.subject.numpy(), selection.negative.numpy(), reference.positive, reference.negative)
+    shown = pictures.overlay(
+        picture, selection.subject.numpy(), selection.negative.numpy(), reference.positive, reference.negative
+    )
     images.save_png(subject.path(names["overlay.png"]), shown)
-    images.save_png(subject.path(names["inpainted.png"]), pictures.sheet([("", [("original", picture), (f"inpainted ({inpainted.filler})", filled)])]))
+    images.save_png(
+        subject.path(names["inpainted.png"]),
+        pictures.sheet([("", [("original", picture), (f"inpainted ({inpainted.filler})", filled)])]),
+    )
     tensors = {
         "positive_map": selection.positive_map,
         "negative_map": selection.negative_map,
@@ -81,7 +90,11 @@ def write(subject: Subject, reference: Reference, picture: Image.Image, made: Ma
         "latent": made.latent,
     }
     # the latent is a record for other tools; training encodes its own views of the pixels
-    save_tensors(subject.path(names["mask.safetensors"]), tensors, {"stage": "mask", "settings": stage.settings, "positive": reference.positive, "negative": reference.negative})
+    save_tensors(
+        subject.path(names["mask.safetensors"]),
+        tensors,
+        {"stage": "mask", "settings": stage.settings, "positive": reference.positive, "negative": reference.negative},
+    )
     result = {
         "areas": {"subject": _share(selection.subject), "negative": _share(selection.negative)},
         "filler": inpainted.filler,

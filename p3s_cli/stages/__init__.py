@@ -1,0 +1,12 @@
+"""The main path as library functions: mask() -> finetune() -> generate(). The commands are thin over these.
+
+Each stage reads and writes a subject directory (`subject.py`), does nothing where its inputs have not
+changed (unless `force`), and reports through `on_progress(what, done, total)`. Nothing here prints.
+"""
+
+from p3s_cli.stages.generating import GenerateResult, generate
+from p3s_cli.stages.masking import MaskResult, mask
+from p3s_cli.stages.progress import Progress
+from p3s_cli.stages.tuning import FinetuneResult, finetune
+
+__all__ = ["FinetuneResult", "GenerateResult", "MaskResult", "Progress", "finetune", "generate", "mask"]

@@ -1,0 +1,82 @@
+"""Stage two: the masked references -> this subject's control (P3S eq. 4-9, 11-15)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from p3s_cli import config as settings
+from p3s_cli.errors import P3SError
+from p3s_cli.methods import base as methods
+from p3s_cli.methods import p3s as _p3s  # noqa: F401  (registers the method)
+from p3s_cli.sd.family import Family, load
+from p3s_cli.sd.train import Checkpoint
+from p3s_cli.sd.weights import save_tensors
+from p3s_cli.stages.progress import Progress, silent
+from p3s_cli.subject import Stage, Subject, digest
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    subject: Path
+    steps: int
+    loss: float
+    control: Path
+    unchanged: bool
+
+
+def finetune(
+    subject_dir: Path | str,
+    steps: int | None = None,
+    lr: float | None = None,
+    preset: str = "default",
+    seed: int = 0,
+    model: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    force: bool = False,
+    family: Family | None = None,
+    control: settings.ControlConfig | None = None,
+    on_progress: Progress | None = None,
+) -> FinetuneResult:
+    """Train this subject's control on its masked references (P3S eq. 4-9, 11-15).
+
+    Steps and learning rate default to the family's; `control` overrides the preset's settings one by
+    one. An interrupted run goes on from its last checkpoint. Raises InputError if masks are missing or stale.
+    """
+    report = on_progress or silent
+    subject = Subject.open(Path(subject_dir))
+    subject.check_masks()
+    report("loading the models", 0, 1)
+    family = family or load(model or subject.manifest.model, device, dtype)
+    base = family.fingerprint()
+    config = settings.FinetuneConfig(control=control or settings.preset(preset)[1], steps=steps, lr=lr, seed=seed)
+    config = replace(
+        config, steps=steps or int(family.profile.finetune["steps"]), lr=lr or family.profile.finetune["lr"]
+    )
+    options = {"config": asdict(config), "base_fingerprint": base, "base": family.source}
+    inputs = subject.finetune_inputs(base)
+    done, name = subject.manifest.finetune, "control/control.safetensors"
+    if done and not force and done.inputs == inputs and done.settings == options and subject.intact(done):
+        return FinetuneResult(subject.root, config.steps, done.result["loss"], subject.path(name), True)
+    recent: list[float] = []
+
+    def on_step(step: int, total: int, numbers: dict[str, float]) -> None:
+        recent[:] = [*recent[-49:], numbers["denoising"]]
+        report(f"tuning, loss {sum(recent) / len(recent):.4f}", step, total)
+
+    # the checkpoint's name is what the run depends on, so a run with other settings never resumes from it
+    checkpoint = Checkpoint(subject.path(f"control/.{digest(inputs, options)[:16]}.safetensors"))
+    tensors = methods.get("p3s").fit(family, subject, config, on_step, checkpoint)
+    if not all(torch.isfinite(t).all() for t in tensors.values()):
+        raise P3SError("the tuned control holds numbers that are not finite and was not saved; lower --lr")
+    save_tensors(subject.path(name), {k: t.half() for k, t in tensors.items()}, {"method": "p3s", **options})
+    loss = sum(recent) / max(1, len(recent))
+    subject.manifest.finetune = Stage(
+        inputs=inputs, settings=options, seed=seed, artifacts=subject.record(name), result={"loss": loss}
+    )
+    subject.save()
+    checkpoint.path.unlink(missing_ok=True)
+    return FinetuneResult(subject.root, config.steps, loss, subject.path(name), False)

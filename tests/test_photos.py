@@ -1,0 +1,51 @@
+"""Real photos, where they are at hand: any shape, any orientation, the mask where the click is."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from p3s_cli import stages
+from p3s_cli.sd.weights import load_tensors
+
+# EXIF orientation -> how the stored pixels are turned against what is seen
+TURNED = {1: None, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270, 3: Image.Transpose.ROTATE_180}
+
+
+def masks(path, task, root, family):
+    made = stages.mask(
+        path, [tuple(p) for p in task["positive"]], [tuple(p) for p in task["negative"]], root, "thing", family=family
+    )
+    tensors, _ = load_tensors(made.subject / "references/00/mask.safetensors")
+    return tensors["subject"].bool(), tensors["negative"].bool()
+
+
+@pytest.mark.parametrize(("number", "orientation"), [(0, 1), (4, 6), (8, 8), (12, 3), (16, 6)])
+def test_photos_of_any_orientation(photo_data, world, tmp_path, number, orientation):
+    record = json.loads((photo_data / "selective_dev/manifest.json").read_text())[number]
+    photo = Image.open(photo_data / "selective_dev" / record["image"]).convert("RGB")
+    photo.save(tmp_path / "plain.png")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turn = TURNED[orientation]
+    (photo.transpose(turn) if turn is not None else photo).save(tmp_path / "turned.png", exif=exif)
+    task = record["tasks"][0]
+    subject, negative = masks(tmp_path / "turned.png", task, tmp_path / "turned", world)
+    assert subject.shape == (record["height"], record["width"])
+    for mask, points in ((subject, task["positive"]), (negative, task["negative"])):
+        assert all(mask[int(y), int(x)] for x, y in points)
+    assert not (subject & negative).any()
+    plain = masks(tmp_path / "plain.png", task, tmp_path / "plain", world)
+    assert torch.equal(subject, plain[0]) and torch.equal(negative, plain[1])
+
+
+def test_a_tall_photo(photo_data, world, tmp_path):
+    record = json.loads((photo_data / "selective_dev/manifest.json").read_text())[2]
+    Image.open(photo_data / "selective_dev" / record["image"]).transpose(Image.Transpose.TRANSPOSE).save(
+        tmp_path / "tall.png"
+    )
+    task = {k: [p[::-1] for p in record["tasks"][0][k]] for k in ("positive", "negative")}
+    subject, _ = masks(tmp_path / "tall.png", task, tmp_path / "tall", world)
+    assert subject.shape == (record["width"], record["height"])
+    assert all(subject[int(y), int(x)] for x, y in task["positive"])
