@@ -22,11 +22,18 @@ Schedule = Literal["quadratic", "fixed", "increasing", "decreasing", "off"]
 class MaskConfig:
     """Points to masks and the inpainted reference (Sec. III-A)."""
 
-    similarity: Similarity = "rescaled"  # the cosines of eq. 1 as they are, or each map stretched to [0, 1]
-    native: bool = False  # the paper's grid: the tower's own resolution and its last layer
-    sigma: float = 1.0  # width of eq. 2's Gaussian, in patches
-    dilate: float = 1.0  # growth of the inpainted region, in patches
-    attempts: int = 3  # seeds tried by eq. 3 before the classical filler
+    recipe: Literal["prototypes", "paper"] = "prototypes"  # `segment/`, or eq. 1-2 as printed
+    similarity: Similarity = "raw"  # eq. 1-2: the cosines as they are, or each map stretched to [0, 1]
+    sigma: float = 1.0  # eq. 2: width of the Gaussian, in patches
+    prototypes: int = 4  # for each click
+    background_prototypes: int = 10
+    rounds: int = 3  # of competition
+    likeness: float = 1.0  # weight of being like an object, against being unlike the background
+    smooth: float = 0.7  # Gaussian over the patches' scores, in patches
+    nearness: float = 0.25  # weight of the relative distance to the clicks, against cosines
+    band: float = 2.5  # patches around the coarse outline in which the image's edges decide
+    dilate: float = 1.0  # eq. 3: growth of the inpainted region, in patches
+    attempts: int = 3  # eq. 3: seeds tried before the classical filler
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ PAPER_CONTROL = ControlConfig(
     background_weight=1.0,
 )
 PRESETS: dict[str, tuple[MaskConfig, ControlConfig]] = {
-    "paper": (MaskConfig(similarity="raw", native=True), PAPER_CONTROL),
+    "paper": (MaskConfig(recipe="paper"), PAPER_CONTROL),
     "default": (MaskConfig(), ControlConfig()),
 }
 

@@ -9,11 +9,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from p3s_cli.config import ControlConfig
 from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd.family import Family, load
-from p3s_cli.world.models import build_unet
 from p3s_cli.world.render import render
 from p3s_cli.world.scenes import lookalike_scene
 
@@ -25,9 +25,19 @@ def world() -> Family:
 
 @pytest.fixture
 def unet():
-    """A U-Net of the family's shape with random weights, frozen."""
+    """A frozen U-Net of SD v1-5's architecture with two levels and random weights."""
     torch.manual_seed(0)
-    return build_unet().eval().requires_grad_(False)
+    model = UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 128),
+        layers_per_block=2,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture

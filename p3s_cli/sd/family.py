@@ -49,8 +49,8 @@ class Profile:
     inpainter: str | None
     image_size: int
     identifier: str
-    feature_layer: int  # index into the vision tower's hidden states
-    feature_side: int  # pixels of a square photo as the tower sees it when it computes eq. 1
+    feature_layers: tuple[int, ...]  # of the vision tower's hidden states, averaged for the masks
+    feature_side: int  # pixels of a square photo as the tower sees it for the masks
     finetune: dict[str, float]
     guidance: float
     nouns: tuple[str, ...]
@@ -58,7 +58,7 @@ class Profile:
     @classmethod
     def read(cls, path: Path, **overrides: Any) -> Profile:
         data = json.loads(path.read_text()) | overrides
-        return cls(**{**data, "nouns": tuple(data["nouns"])})
+        return cls(**data | {name: tuple(data[name]) for name in ("nouns", "feature_layers")})
 
 
 class Family:

@@ -32,17 +32,19 @@ class VisionTower:
         return digest.hexdigest()
 
     @torch.no_grad()
-    def patches(self, image: Tensor, layer: int = -1, side: int | None = None) -> Tensor:
+    def patches(self, image: Tensor, layers: Sequence[int] = (-1,), side: int | None = None) -> Tensor:
         """Patch tokens (H_p, W_p, D) of one image (3, H, W), the class token left out.
 
         The whole image is resized, aspect kept, to about the area of `side` x `side` pixels (the
         tower's own by default; then the grid is square, as the tower was trained) and its position
-        embedding interpolated. `layer` indexes the hidden states; -1 is the last, which for CLIP
-        carries no final LayerNorm.
+        embedding interpolated. `layers` index the hidden states, -1 the last, which for CLIP carries no
+        final LayerNorm; of several, the mean of the unit vectors is taken.
         """
         rows, columns = self._grid(image.shape[-2], image.shape[-1], side)
-        hidden = self._forward(image[None], (rows, columns)).hidden_states[layer]
-        return hidden[0, 1:].reshape(rows, columns, -1).float().cpu()
+        hidden = self._forward(image[None], (rows, columns)).hidden_states
+        chosen = [hidden[i][0, 1:].float() for i in layers]
+        mean = chosen[0] if len(chosen) == 1 else torch.stack([F.normalize(h, dim=-1) for h in chosen]).mean(0)
+        return mean.reshape(rows, columns, -1).cpu()
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:

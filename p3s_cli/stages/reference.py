@@ -14,12 +14,14 @@ from p3s_cli import pictures
 from p3s_cli.config import MaskConfig
 from p3s_cli.errors import InputError
 from p3s_cli.methods.views import base_view, look
+from p3s_cli.paper import points as points_as_printed
 from p3s_cli.paper.inpaint import Inpainted, fill_region, remove_negative
-from p3s_cli.paper.points import Selection, select
+from p3s_cli.paper.points import Selection
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.inpaint import inpainting_filler
 from p3s_cli.sd.weights import load_tensors, save_tensors
+from p3s_cli.segment.select import select
 from p3s_cli.subject import Reference, Stage, Subject
 
 Points = tuple[list[tuple[float, float]], list[tuple[float, float]]]
@@ -47,18 +49,21 @@ def check_points(positive: Sequence[tuple[float, float]], negative: Sequence[tup
 
 def make(family: Family, picture: Image.Image, points: Points, config: MaskConfig, seed: int) -> Masked:
     """P3S eq. 1-3 for one photo; points in its pixels."""
-    pixels = images.to_tensor(picture)
-    profile = family.profile
-    side, layer = (None, -1) if config.native else (profile.feature_side, profile.feature_layer)
+    pixels, profile = images.to_tensor(picture), family.profile
+    literal = config.recipe == "paper"
+    layers, side = ((-1,), None) if literal else (profile.feature_layers, profile.feature_side)
 
     def embed(image: Tensor) -> Tensor:
-        return family.vision.patches(image, layer, side)
+        return family.vision.patches(image, layers, side)
 
     positive, negative = (
         [((x + 0.5) / picture.width, (y + 0.5) / picture.height) for x, y in group] for group in points
     )
     features = embed(pixels)
-    selection = select(features, positive, negative, (picture.height, picture.width), config)
+    if literal:
+        selection = points_as_printed.select(features, positive, negative, (picture.height, picture.width), config)
+    else:
+        selection = select(pixels, features, positive, negative, config)
     patch = max(picture.height / features.shape[0], picture.width / features.shape[1])
     region = fill_region(selection.subject, selection.negative, config.dilate * patch)
     filler = inpainting_filler(family) if region.any() else None

@@ -39,10 +39,10 @@ def build_unet() -> UNet2DConditionModel:
         sample_size=16,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 128),
+        block_out_channels=(64, 160),
         layers_per_block=2,
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=4,  # in SD v1-5's configuration, too, this is the number of heads
+        attention_head_dim=2,  # in SD v1-5's configuration, too, this is the number of heads
         norm_num_groups=16,
     )
 

@@ -1,4 +1,4 @@
-"""Train the bundled family from nothing: scenes -> tokenizer -> vae -> clip -> unet -> export.
+"""Train the bundled family from nothing: tokenizer -> vae -> clip -> vision -> unet -> export.
 
     python -m p3s_cli.world.recipe vae --work runs/world          # one stage
     python -m p3s_cli.world.recipe all --work runs/world --device cuda
@@ -25,13 +25,13 @@ from p3s_cli.sd.train import Checkpoint, Recipe, train
 from p3s_cli.sd.weights import load_tensors, save_tensors
 from p3s_cli.world import models
 from p3s_cli.world.render import render
-from p3s_cli.world.scenes import SIZE, caption, sample_scene
+from p3s_cli.world.scenes import BACKGROUNDS, SIZE, caption, sample_scene
 
 HELD_OUT = 10_000_000
 
-STEPS = {"vae": 7_500, "clip": 1_400, "unet": 4_000}
-BATCH = {"vae": 16, "clip": 96, "unet": 48}
-LEARNING_RATE = {"vae": 2e-3, "clip": 1e-3, "unet": 6e-4}
+STEPS = {"vae": 7_500, "clip": 1_400, "vision": 900, "unet": 4_800}
+BATCH = {"vae": 16, "clip": 96, "vision": 96, "unet": 32}
+LEARNING_RATE = {"vae": 2e-3, "clip": 1e-3, "vision": 7e-4, "unet": 5e-4}
 SCENES = 32_000
 
 
@@ -41,6 +41,9 @@ class Pool:
     def __init__(self, size: int, device: str):
         self.scenes = [sample_scene(seed) for seed in range(size)]
         pieces = [render(self.scenes[i : i + 64], device)[0] for i in range(0, size, 64)]
+        self._by_place = {
+            b: torch.tensor([i for i, s in enumerate(self.scenes) if s.background == b]) for b in BACKGROUNDS
+        }
         self.images = torch.cat([(255 * p).round().to(torch.uint8) for p in pieces])  # (N, 3, 128, 128)
 
     def pixels(self, index: Tensor) -> Tensor:
@@ -50,6 +53,13 @@ class Pool:
     def captions(self, index: Tensor, generator: torch.Generator) -> list[str]:
         salt = torch.randint(2**31, (len(index),), generator=generator).tolist()
         return [caption(self.scenes[i], s) for i, s in zip(index.tolist(), salt, strict=True)]
+
+    def draw_alike(self, n: int, generator: torch.Generator) -> Tensor:
+        """Scenes that share one background."""
+        places = list(BACKGROUNDS)
+        place = places[int(torch.randint(len(places), (1,), generator=generator))]
+        rows = self._by_place[place]
+        return rows[torch.randint(len(rows), (n,), generator=generator)]
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         return torch.randint(len(self.scenes), (n,), generator=generator)
@@ -94,6 +104,7 @@ class Workshop:
             seed=self.seed,
             betas=(0.9, 0.99),
         )
+        trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         started, first = time.monotonic(), [None]
 
         def on_step(step: int, total: int, numbers: dict[str, float]) -> None:
@@ -111,7 +122,7 @@ class Workshop:
                 )
 
         keep = train(
-            dict(module.named_parameters()),
+            trained,
             loss,
             recipe,
             on_step,
@@ -119,7 +130,7 @@ class Workshop:
             self.until,
         )
         with torch.no_grad():
-            for name, parameter in module.named_parameters():
+            for name, parameter in trained.items():
                 parameter.copy_(keep[name])
 
 
@@ -170,11 +181,30 @@ def stage_vae(shop: Workshop) -> None:
 
 
 def stage_clip(shop: Workshop) -> None:
-    """Symmetric contrastive loss. Most steps show a quarter of the patches (FLIP, arXiv:2212.00794), the last ones all."""
+    """Both CLIP towers, by symmetric contrast; most steps show a quarter of the patches (FLIP, arXiv:2212.00794)."""
     torch.manual_seed(shop.seed)
     tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     clip = models.build_clip(tokenizer).to(shop.device)
-    whole = round(0.94 * (shop.steps or STEPS["clip"]))
+    _contrast(shop, "clip", clip, tokenizer, shown=lambda progress: 0.25 if progress < 0.94 else 1.0, alike=0.0)
+
+
+def stage_vision(shop: Workshop) -> None:
+    """The vision tower alone goes on, towards the locked text tower (LiT, arXiv:2111.07991), which the U-Net reads.
+
+    Half of the batches share one background, so that categories and looks have to be told apart, and at
+    the end all patches are shown: from a quarter of them no outline can be learnt.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
+    clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device)
+    clip.text_model.requires_grad_(False)
+    _contrast(shop, "vision", clip, tokenizer, shown=lambda progress: 0.5 if progress < 0.75 else 1.0, alike=0.5)
+
+
+def _contrast(
+    shop: Workshop, stage: str, clip: CLIPModel, tokenizer: CLIPTokenizer, shown: Callable, alike: float
+) -> None:
+    """Train `clip`; `shown` gives the share of patches by progress, `alike` the share of one-background batches."""
+    steps = shop.steps or STEPS[stage]
     patches = (SIZE // clip.config.vision_config.patch_size) ** 2
 
     def image_vector(pixels: Tensor, keep: Tensor) -> Tensor:
@@ -184,9 +214,9 @@ def stage_clip(shop: Workshop) -> None:
         return clip.visual_projection(tower.post_layernorm(hidden[:, 0]))
 
     def loss(step: int, generator: torch.Generator):
-        index = shop.pool.draw(BATCH["clip"], generator)
-        shown = patches if step >= whole else patches // 4
-        order = torch.randperm(patches, generator=generator)[:shown] + 1
+        one_place = alike > 0 and torch.rand(1, generator=generator).item() < alike
+        index = (shop.pool.draw_alike if one_place else shop.pool.draw)(BATCH[stage], generator)
+        order = torch.randperm(patches, generator=generator)[: round(shown(step / steps) * patches)] + 1
         keep = torch.cat((torch.zeros(1, dtype=torch.long), order)).to(shop.device)
         tokens = tokenizer(shop.pool.captions(index, generator), padding=True, return_tensors="pt").to(shop.device)
         with shop.autocast():
@@ -197,7 +227,7 @@ def stage_clip(shop: Workshop) -> None:
         value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return value, {"accuracy": (logits.argmax(1) == target).float().mean().item()}
 
-    shop.fit("clip", clip, loss, weight_decay=0.05, ema=0.0)
+    shop.fit(stage, clip, loss, weight_decay=0.05, ema=0.0)
     clip.save_pretrained(shop.family / "clip")
 
 
@@ -229,7 +259,7 @@ def stage_unet(shop: Workshop) -> None:
         value = ((eps.float() - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
         return value, {}
 
-    shop.fit("unet", unet, loss, weight_decay=0.01, ema=0.9995)
+    shop.fit("unet", unet, loss, weight_decay=0.01, ema=0.999)
     unet.save_pretrained(shop.family / "unet")
 
 
@@ -264,7 +294,7 @@ def stage_export(shop: Workshop) -> None:
         "clip": clip,  # the whole pair, as openai/clip-vit-large-patch14 has it: towers and both projections
     }
     for name, model in parts.items():
-        model.save_pretrained(target / name)
+        model.save_pretrained(target / name, max_shard_size="15MB")
     CLIPTokenizer.from_pretrained(shop.family / "tokenizer").save_pretrained(target / "tokenizer")
     CLIPImageProcessor(
         size={"shortest_edge": SIZE},
@@ -280,6 +310,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "tokenizer": stage_tokenizer,
     "vae": stage_vae,
     "clip": stage_clip,
+    "vision": stage_vision,
     "unet": stage_unet,
     "export": stage_export,
 }

@@ -1,0 +1,65 @@
+"""From a coarse mask to the image's own edges, with OpenCV's GrabCut in a band around the coarse outline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from scipy import ndimage
+
+from p3s_cli.segment.prototypes import with_seeds
+
+_ROUNDS = 3  # of GrabCut
+_CONTEXT = 3  # patches of background around the band that its colour model learns from
+
+
+def refine(
+    image: np.ndarray,
+    coarse: np.ndarray,
+    other: np.ndarray,
+    seeds: Sequence[tuple[int, int]],
+    patch: float,
+    band: float,
+) -> np.ndarray:
+    """Move the outline of `coarse` to the image's edges.
+
+    image (H, W, 3) uint8 RGB; coarse, other (H, W) bool, `other` being sure not to belong to it; seeds
+    (row, column) pixels that surely do; `patch` in pixels, `band` in patches: how far from the coarse
+    outline the edge may lie. Returns (H, W) bool: components with a seed, small holes closed.
+    """
+    inside, outside = ndimage.distance_transform_edt(coarse), ndimage.distance_transform_edt(~coarse)
+    reach = band * patch
+    labels = np.full(coarse.shape, cv2.GC_BGD, dtype=np.uint8)
+    labels[outside <= reach] = cv2.GC_PR_BGD
+    labels[coarse] = cv2.GC_PR_FGD
+    labels[inside > min(reach, 0.6 * inside.max())] = cv2.GC_FGD
+    labels[other] = cv2.GC_BGD
+    dot = max(1, round(patch / 5))
+    for row, column in seeds:
+        labels[max(0, row - dot) : row + dot + 1, max(0, column - dot) : column + dot + 1] = cv2.GC_FGD
+    window = _window(labels != cv2.GC_BGD, round(_CONTEXT * patch))
+    cut = labels[window].copy()
+    if not ((cut == cv2.GC_BGD) | (cut == cv2.GC_PR_BGD)).any():
+        return coarse  # nothing around it to tell it from
+    cv2.setRNGSeed(0)
+    models = np.zeros((1, 65)), np.zeros((1, 65))
+    cv2.grabCut(np.ascontiguousarray(image[window][..., ::-1]), cut, None, *models, _ROUNDS, cv2.GC_INIT_WITH_MASK)
+    refined = np.zeros_like(coarse)
+    refined[window] = (cut == cv2.GC_FGD) | (cut == cv2.GC_PR_FGD)
+    return _without_pinholes(with_seeds(refined, seeds), (0.5 * patch) ** 2)
+
+
+def _window(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
+    rows, columns = np.where(mask.any(1))[0], np.where(mask.any(0))[0]
+    return (
+        slice(max(0, rows[0] - margin), rows[-1] + margin + 1),
+        slice(max(0, columns[0] - margin), columns[-1] + margin + 1),
+    )
+
+
+def _without_pinholes(mask: np.ndarray, area: float) -> np.ndarray:
+    """Fill holes smaller than `area` pixels."""
+    labels, count = ndimage.label(~mask)
+    sizes = ndimage.sum_labels(~mask, labels, np.arange(count + 1))
+    return mask | ((sizes < area)[labels] & ~mask)

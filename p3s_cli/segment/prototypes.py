@@ -1,0 +1,134 @@
+"""Which patches are the subject, which the negative, which neither: three sets of prototypes compete.
+
+Patches near the clicks start the subject's and the negative's prototypes, patches on the frame the
+background's. A patch is an object where an object's prototype is nearer than any of the background's,
+and belongs to the nearer of the two objects. Components that hold no click are dropped, the prototypes
+taken anew from the masks just found, and all of it repeated.
+
+The two objects are treated alike: swapping the points swaps the masks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+from scipy.cluster.vq import kmeans2
+from skimage.filters import threshold_otsu
+
+from p3s_cli.config import MaskConfig
+from p3s_cli.paper.points import Point, patch_of
+
+_LEAST_BACKGROUND = 20  # patches; from fewer no background is learnt
+
+
+@dataclass(frozen=True)
+class Competition:
+    """Who won each patch. Masks (H_p, W_p) bool; `objectness` above 0 is an object, `threshold` where 0 lies;
+    `ownership` above 0 is the subject's side."""
+
+    subject: np.ndarray
+    negative: np.ndarray
+    objectness: np.ndarray
+    ownership: np.ndarray
+    threshold: float
+
+
+def compete(
+    features: np.ndarray, positive: Sequence[Point], negative: Sequence[Point], config: MaskConfig
+) -> Competition:
+    """Patch features (H_p, W_p, D) and points as fractions (x, y) -> who owns which patch."""
+    features = unit(features)
+    grid = features.shape[:2]
+    sides = [sorted(positive), sorted(negative)]  # the order of clicks must not matter
+    seeds = [[patch_of(p, grid) for p in points] for points in sides]
+    counts = [config.prototypes * max(1, len(points)) for points in sides]
+    objects = [prototypes(around(features, s), k) for s, k in zip(seeds, counts, strict=True)]
+    background = prototypes(_frame(features, objects), config.background_prototypes)
+    for _ in range(config.rounds):
+        found = _judge(features, sides, objects, background, config)
+        masks = _tied(found, seeds)
+        objects = [prototypes(features[m], k) if m.any() else o for m, k, o in zip(masks, counts, objects, strict=True)]
+        rest = features[found.objectness <= 0]
+        if len(rest) >= _LEAST_BACKGROUND:
+            background = prototypes(rest, config.background_prototypes)
+    return Competition(*masks, found.objectness, found.ownership, found.threshold)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Divide by the length along the last axis."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-8)
+
+
+def around(features: np.ndarray, seeds: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The 3 x 3 patches around each seed, (K, D); (0, D) without seeds."""
+    pieces = [features[max(0, r - 1) : r + 2, max(0, c - 1) : c + 2].reshape(-1, features.shape[-1]) for r, c in seeds]
+    return np.concatenate(pieces) if pieces else np.zeros((0, features.shape[-1]))
+
+
+def prototypes(vectors: np.ndarray, count: int) -> np.ndarray:
+    """Centres of k-means over unit vectors (N, D) -> at most (count, D), unit again; all of them if they are few."""
+    distinct = np.unique(vectors.round(6), axis=0)
+    if len(distinct) <= count:
+        return unit(distinct)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # an empty cluster is no fault here: it is left out
+        centres, labels = kmeans2(vectors.astype(np.float64), count, iter=12, minit="++", seed=0)
+    return unit(centres[np.unique(labels)])
+
+
+def nearest(features: np.ndarray, prototype_set: np.ndarray) -> np.ndarray:
+    """Cosine to the nearest prototype, (H_p, W_p); -1 everywhere if there is none."""
+    if not len(prototype_set):
+        return np.full(features.shape[:2], -1.0)
+    return (features @ prototype_set.T).max(-1)
+
+
+def _frame(features: np.ndarray, objects: list[np.ndarray]) -> np.ndarray:
+    """Patches on the frame, without the half that resembles the objects: a subject may be cut by the frame."""
+    inside = np.zeros(features.shape[:2], dtype=bool)
+    inside[1:-1, 1:-1] = True
+    likeness = np.maximum(*(nearest(features, o) for o in objects))[~inside]
+    return features[~inside][likeness <= np.median(likeness)]
+
+
+def _judge(features, sides, objects, background, config: MaskConfig) -> Competition:
+    """One round: scores of every patch, before components are tied to clicks."""
+    subject, negative = (nearest(features, o) for o in objects)
+    objectness = config.likeness * np.maximum(subject, negative) - nearest(features, background)
+    objectness = ndimage.gaussian_filter(objectness, config.smooth)
+    threshold = float(threshold_otsu(objectness)) if np.ptp(objectness) > 0 else 0.0
+    if sides[1]:
+        near = [_distance(points, features.shape[:2]) for points in sides]
+        closer = (near[1] - near[0]) / (near[0] + near[1] + 1e-6)
+        ownership = ndimage.gaussian_filter(subject - negative + config.nearness * closer, config.smooth)
+    else:
+        ownership = np.ones_like(objectness)
+    above = objectness > threshold
+    return Competition(above & (ownership > 0), above & (ownership < 0), objectness - threshold, ownership, threshold)
+
+
+def _distance(points: Sequence[Point], grid: tuple[int, int]) -> np.ndarray:
+    """Distance of every patch to the nearest point, in patches."""
+    rows, columns = np.mgrid[: grid[0], : grid[1]] + 0.5
+    return np.minimum.reduce([np.hypot(columns - x * grid[1], rows - y * grid[0]) for x, y in points])
+
+
+def _tied(found: Competition, seeds: list[list[tuple[int, int]]]) -> list[np.ndarray]:
+    """Both masks with their own clicks inside, the other's outside, and only the components that hold one."""
+    masks = [found.subject.copy(), found.negative.copy()]
+    for mask, own, other in ((masks[0], *seeds), (masks[1], *seeds[::-1])):
+        for seed in other:
+            mask[seed] = False
+        for seed in own:
+            mask[seed] = True
+    return [with_seeds(m, s) for m, s in zip(masks, seeds, strict=True)]
+
+
+def with_seeds(mask: np.ndarray, seeds: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Only the connected components that hold a seed (row, column)."""
+    labels, _ = ndimage.label(mask)
+    return np.isin(labels, [labels[s] for s in seeds if labels[s]])

@@ -1,0 +1,75 @@
+"""From a coarse outline to the edge in the image."""
+
+import numpy as np
+import torch
+
+from p3s_cli.config import MaskConfig
+from p3s_cli.segment.boundary import refine
+from p3s_cli.segment.select import select
+
+
+def disk(shape=(96, 128), centre=(48, 60), radius=26):
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    return (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 <= radius**2
+
+
+def picture(mask, noise=8, seed=0):
+    rng = np.random.default_rng(seed)
+    image = np.where(mask[..., None], (200, 60, 40), (60, 120, 180)) + rng.normal(0, noise, (*mask.shape, 3))
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def overlap(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_a_coarse_square_becomes_the_disk_that_is_there():
+    truth = disk()
+    coarse = np.zeros_like(truth)
+    coarse[28:70, 38:84] = True
+    assert overlap(coarse, truth) < 0.85
+    made = refine(picture(truth), coarse, np.zeros_like(truth), [(48, 60)], patch=8, band=2)
+    assert overlap(made, truth) > 0.97
+
+
+def test_what_is_known_to_be_the_other_stays_out_although_it_looks_the_same():
+    truth, other = disk(centre=(48, 40), radius=24), disk(centre=(48, 88), radius=24)  # they touch
+    coarse, coarse_other = disk(centre=(48, 41), radius=22), disk(centre=(48, 89), radius=22)
+    made = refine(picture(truth | other), coarse, coarse_other, [(48, 40)], patch=8, band=2)
+    assert overlap(made, truth) > 0.85 and not (made & coarse_other).any()
+
+
+def test_islands_without_a_seed_go_and_pinholes_close():
+    truth = disk()
+    image = picture(truth, noise=0)
+    image[46:48, 58:60] = (60, 120, 180)  # a highlight of the background's colour inside
+    coarse = truth | disk(centre=(10, 10), radius=8)
+    made = refine(image, coarse, np.zeros_like(truth), [(60, 60)], patch=8, band=2)
+    assert not made[:24, :24].any() and made[47, 59]
+
+
+def test_a_mask_over_the_whole_image_is_left_alone():
+    whole = np.ones((40, 40), dtype=bool)
+    assert refine(picture(whole), whole, ~whole, [(20, 20)], patch=8, band=2).all()
+
+
+def colour_patches(image):
+    return torch.nn.functional.avg_pool2d(image, 8).permute(1, 2, 0) - 0.4
+
+
+def test_mirroring_resizing_and_swapping_move_the_masks_along():
+    left, right = disk(centre=(48, 34), radius=20), disk(centre=(48, 94), radius=20)
+    pixels = picture(left)
+    pixels[right] = (60, 180, 50)
+    image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    p, n, config = [(34.5 / 128, 48.5 / 96)], [(94.5 / 128, 48.5 / 96)], MaskConfig(background_prototypes=4)
+    made = select(image, colour_patches(image), p, n, config)
+    assert overlap(made.subject.numpy(), left) > 0.93 and overlap(made.negative.numpy(), right) > 0.93
+    swapped = select(image, colour_patches(image), n, p, config)
+    assert torch.equal(made.subject, swapped.negative) and torch.equal(made.negative, swapped.subject)
+    mirrored = image.flip(2)
+    turned = select(mirrored, colour_patches(mirrored), [(1 - p[0][0], p[0][1])], [(1 - n[0][0], n[0][1])], config)
+    assert overlap(turned.subject.flip(1).numpy(), made.subject.numpy()) > 0.97
+    double = torch.nn.functional.interpolate(image[None], scale_factor=2, mode="bilinear")[0]
+    large = select(double, colour_patches(image), p, n, config)
+    assert overlap(large.subject[::2, ::2].numpy(), made.subject.numpy()) > 0.9  # one pixel's rim is 10 % of this disk
