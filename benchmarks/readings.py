@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tables import last_line, machine, markdown
 
 from p3s_cli import stages
 from p3s_cli.config import ControlConfig, MaskConfig
@@ -48,13 +48,6 @@ CONTROLS: dict[str, Callable[[ControlConfig], ControlConfig]] = {
     "background kept": lambda c: replace(c, reference_background="keep"),
     "loss unweighted": lambda c: replace(c, background_weight=1.0),
 }
-
-
-def table(rows: list[dict]) -> str:
-    """Rows of equal keys as Markdown."""
-    keys = list(rows[0])
-    cells = [[f"{r[k]:.3f}" if isinstance(r[k], float) else str(r[k]) for k in keys] for r in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [keys, ["---"] * len(keys), *cells])
 
 
 def masks(family: Family, scenes: int) -> list[dict]:
@@ -164,7 +157,7 @@ def control(family: Family, subjects: int, steps: int | None, only: list[str] | 
             bench.tune(CONTROLS[name](ControlConfig()), steps)
             seconds = (time.monotonic() - started) / subjects
             rows.append({"setting": name, **bench.score(), "tuning s": seconds})
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            print(last_line(rows), flush=True)
     return rows
 
 
@@ -186,7 +179,7 @@ def guidance(family: Family, subjects: int, steps: int | None) -> list[dict]:
         bench.tune(ControlConfig(), steps)
         for way in ways:
             rows.append({"setting": ", ".join(f"{k} {v}" for k, v in way.items()) or "default", **bench.score(**way)})
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            print(last_line(rows), flush=True)
     return rows
 
 
@@ -206,10 +199,7 @@ def main() -> None:
         rows = control(family, args.subjects, args.steps, args.only)
     else:
         rows = guidance(family, args.subjects, args.steps)
-    print(
-        f"\n{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-    )
-    print(table(rows))
+    print(f"\n{machine()}\n\n{markdown(rows)}")
 
 
 if __name__ == "__main__":

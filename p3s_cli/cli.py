@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,9 +62,15 @@ def _run(stage: Callable[..., Any], as_json: bool, show: Callable[[Any], list[st
         print(f"p3s: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         raise typer.Exit(1) from None
     if as_json:
-        print(json.dumps(result if isinstance(result, dict) else asdict(result), default=str))
+        print(json.dumps(_plain(result), default=str))
     else:
         print("\n".join(show(result)))
+
+
+def _plain(result: Any) -> Any:
+    if isinstance(result, list):
+        return [_plain(r) for r in result]
+    return asdict(result) if is_dataclass(result) else result
 
 
 def _version(asked: bool) -> None:
@@ -84,26 +90,35 @@ def main(
 
 @app.command()
 def mask(
-    photo: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP with the subject in it.")],
-    pos: Annotated[
-        list[str],
-        typer.Option(help="X,Y on the subject: pixels of the upright photo, or fractions such as 0.3,0.5. Repeatable."),
+    photos: Annotated[
+        list[Path], typer.Argument(help="JPEG, PNG or WebP with the subject in it; several with --points.")
     ],
+    pos: Annotated[
+        list[str] | None,
+        typer.Option(help="X,Y on the subject: pixels of the upright photo, or fractions such as 0.3,0.5. Repeatable."),
+    ] = None,
     neg: Annotated[list[str] | None, typer.Option(help="X,Y on the look-alike you do not mean. Repeatable.")] = None,
+    box: Annotated[str | None, typer.Option(help="X0,Y0,X1,Y1 around the subject, with or without points.")] = None,
+    points: Annotated[
+        Path | None, typer.Option(help="JSON file with the points: of one photo, or by file name for many.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output",
-            "-o",
-            help="Subject directory; default ./<name of the photo>/. An existing one gets another reference.",
+            "--output", "-o", help="Subject directory; default ./<photo>/. An existing one gets another reference."
         ),
     ] = None,
     class_word: Annotated[
         str | None, typer.Option("--class", help="What the subject is, such as dog; guessed with CLIP if left out.")
     ] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="Only write the photo under a coordinate grid.")] = False,
+    maps: Annotated[bool, typer.Option("--maps", help="Also write the similarity maps as a picture.")] = False,
     model: Annotated[
         str, typer.Option(help="sd15, world, a diffusers folder, a hub id or a .safetensors file.")
     ] = "sd15",
+    vision: Annotated[
+        str, typer.Option(help="What masks are read from: clip, dinov2, or a ViT's folder or hub id.")
+    ] = "clip",
     preset: Annotated[str, typer.Option(help="default, or paper for the literal recipe.")] = "default",
     seed: Seed = 0,
     device: Device = "auto",
@@ -114,35 +129,35 @@ def mask(
     """Points on a photo -> the subject's mask, and the photo without its look-alike."""
     from p3s_cli import stages
 
-    _run(
-        stages.mask,
-        as_json,
-        _show_mask,
-        photo=photo,
-        positive=pos,
-        negative=neg or (),
-        output=output,
-        class_word=class_word,
-        model=model,
-        preset=preset,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        force=force,
+    if grid:
+        _run(lambda on_progress: [stages.grid(p) for p in photos], as_json, lambda made: [f"look at {p}" for p in made])
+        return
+    common = dict(
+        model=model, vision=vision, preset=preset, maps=maps, seed=seed, device=device, dtype=dtype, force=force
     )
+    clicks = dict(positive=pos or (), negative=neg or (), box=box, class_word=class_word)
+    if points is None and len(photos) == 1:
+        _run(stages.mask, as_json, _show_mask, photo=photos[0], output=output, **clicks, **common)
+    else:
+        _run(stages.mask_many, as_json, _show_masks, photos=photos, points=points, output=output, **clicks, **common)
+
+
+def _show_masks(results: list[Any]) -> list[str]:
+    return [line for result in results for line in _show_mask(result)]
 
 
 def _show_mask(result: Any) -> list[str]:
     guessed = (
         "" if result.class_score is None else f" (guessed, score {result.class_score:.2f}; correct it with --class)"
     )
-    lines = [
-        f"{result.subject}: {'unchanged, ' if result.unchanged else ''}{result.reference}, class {result.class_word}{guessed}",
-        f"subject {result.areas['subject']:.1%} of the photo, negative {result.areas['negative']:.1%}, inpainting: {result.filler}",
+    unchanged = "unchanged, " if result.unchanged else ""
+    return [
+        f"{result.subject}: {unchanged}{result.reference}, class {result.class_word}{guessed}",
+        f"subject {result.areas['subject']:.1%} of the photo, negative {result.areas['negative']:.1%}, "
+        f"confidence {result.confidence:.2f}, inpainting: {result.filler}",
         *(f"warning: {w}" for w in result.warnings),
         *(f"look at {p}" for p in result.pictures if p.name != "photo.png"),
     ]
-    return lines
 
 
 @app.command()

@@ -42,6 +42,34 @@ def _mark(draw: ImageDraw.ImageDraw, x: float, y: float, arm: int, colour: tuple
         draw.line((x, y - arm, x, y + arm), fill=colour, width=width)
 
 
+def coordinate_grid(photo: Image.Image) -> Image.Image:
+    """The photo under lines about every tenth of its longer side, labelled in its own pixels."""
+    scale = max(1, round(640 / max(photo.size)))
+    picture = photo.resize((photo.width * scale, photo.height * scale), Image.Resampling.LANCZOS)
+    step = max(1, round(max(photo.size) / 100) * 10)
+    font = ImageFont.load_default(max(12, max(picture.size) // 60))
+    draw = ImageDraw.Draw(picture)
+    for value in range(0, photo.width, step):
+        _grid_line(draw, (value * scale, 0), (value * scale, picture.height), str(value), font)
+    for value in range(step, photo.height, step):
+        _grid_line(draw, (0, value * scale), (picture.width, value * scale), str(value), font)
+    return picture
+
+
+def _grid_line(draw: ImageDraw.ImageDraw, start: Point, end: Point, label: str, font: ImageFont.FreeTypeFont) -> None:
+    draw.line((*start, *end), fill=(255, 255, 255), width=3)
+    draw.line((*start, *end), fill=(0, 0, 0), width=1)
+    draw.text((start[0] + 3, start[1] + 2), label, fill="white", font=font, stroke_width=2, stroke_fill="black")
+
+
+def heatmap(photo: Image.Image, similarity: np.ndarray) -> Image.Image:
+    """A similarity map (H_p, W_p) over the photo: dark where low, the photo itself where high."""
+    low, high = float(similarity.min()), float(similarity.max())
+    share = (similarity - low) / max(high - low, 1e-6)
+    light = Image.fromarray((share * 255).astype(np.uint8)).resize(photo.size, Image.Resampling.BILINEAR)
+    return Image.composite(photo, Image.new("RGB", photo.size, (20, 20, 60)), light)
+
+
 def sheet(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], title: str = "") -> Image.Image:
     """A contact sheet: rows of (heading, [(caption, image), ...]), each image in a tile of its own."""
     font = ImageFont.load_default(14)

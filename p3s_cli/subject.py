@@ -50,6 +50,7 @@ class Reference(_Strict):
     height: int = Field(gt=0)
     positive: list[tuple[float, float]] = Field(min_length=1)
     negative: list[tuple[float, float]] = Field(default_factory=list)
+    box: tuple[float, float, float, float] | None = None
     mask: Stage | None = None
 
 
@@ -59,7 +60,6 @@ class Manifest(_Strict):
     class_score: float | None = None  # CLIP's score of a guessed class word, None for one that was given
     identifier: str = Field(min_length=1)
     model: str
-    vision_fingerprint: str
     references: list[Reference] = Field(default_factory=list)
     finetune: Stage | None = None
     generated: list[Stage] = Field(default_factory=list)
@@ -115,9 +115,7 @@ class Subject:
     # What each stage depends on. A hash that differs from the one its record holds makes the record stale.
 
     def mask_inputs(self, reference: Reference, settings: dict) -> str:
-        return digest(
-            reference.photo_sha256, reference.positive, reference.negative, self.manifest.vision_fingerprint, settings
-        )
+        return digest(reference.photo_sha256, reference.positive, reference.negative, reference.box, settings)
 
     def finetune_inputs(self, base_fingerprint: str) -> str:
         masks = [r.mask.artifacts if r.mask else None for r in self.manifest.references]
@@ -167,7 +165,8 @@ def mask_command(photo: Path, reference: Reference, root: Path) -> str:
         for flag, group in (("pos", reference.positive), ("neg", reference.negative))
         for x, y in group
     ]
-    return f"p3s mask {shlex.quote(str(photo))} {' '.join(points)} -o {shlex.quote(str(root))}"
+    box = [f"--box {','.join(f'{v:g}' for v in reference.box)}"] if reference.box else []
+    return f"p3s mask {shlex.quote(str(photo))} {' '.join([*points, *box])} -o {shlex.quote(str(root))}"
 
 
 def digest(*parts: Any) -> str:
@@ -204,3 +203,17 @@ def resolve_points(points: Sequence[str | tuple[float, float]], width: int, heig
             )
         resolved.append((x, y))
     return resolved
+
+
+def resolve_box(box: str | Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
+    """`X0,Y0,X1,Y1`, two corners written like points -> pixels. Raises InputError if it is no box of the image."""
+    parts = box.split(",") if isinstance(box, str) else [float(v) for v in box]
+    if len(parts) != 4:
+        raise InputError(f"{box!r} is not a box; write X0,Y0,X1,Y1, such as 40,60,210,300")
+    corners = (
+        [",".join(parts[:2]), ",".join(parts[2:])] if isinstance(box, str) else [tuple(parts[:2]), tuple(parts[2:])]
+    )
+    (x0, y0), (x1, y1) = resolve_points(corners, width, height)
+    if x0 >= x1 or y0 >= y1:
+        raise InputError(f"the box {box} is empty; give its left top corner first, then its right bottom one")
+    return x0, y0, x1, y1

@@ -26,7 +26,7 @@ class Selection:
     """What eq. 1-2 make of the points.
 
     Maps (H_p, W_p) float32; masks (H, W) bool. `warnings` are sentences: a lowered threshold, a map
-    without contrast, an empty or full mask, two masks that share a component.
+    without contrast, a full mask, two masks that overlap. `confidence` in [0, 1]: `separability`.
     """
 
     positive_map: Tensor
@@ -34,6 +34,7 @@ class Selection:
     subject: Tensor
     negative: Tensor
     warnings: tuple[str, ...]
+    confidence: float
 
 
 def patch_of(point: Point, grid: tuple[int, int]) -> tuple[int, int]:
@@ -79,6 +80,18 @@ def connected_mask(score: np.ndarray, seeds: Sequence[tuple[int, int]]) -> tuple
     return np.isin(labels, [labels[s] for s in seeds if labels[s]]), lowered
 
 
+def separability(score: np.ndarray) -> float:
+    """How far Otsu's threshold is from both sides: between-class over total variance, 1 for two flat levels."""
+    if score.min() == score.max():
+        return 0.0
+    above = score > threshold_otsu(score)
+    share = above.mean()
+    if not 0 < share < 1:
+        return 0.0
+    between = share * (1 - share) * (score[above].mean() - score[~above].mean()) ** 2
+    return float(between / score.var())
+
+
 def select(
     features: Tensor, positive: Sequence[Point], negative: Sequence[Point], size: tuple[int, int], config: MaskConfig
 ) -> Selection:
@@ -89,7 +102,7 @@ def select(
     maps = [similarity_map(features, points) for points in (positive, negative)]
     if config.similarity == "rescaled":
         maps = [rescaled(m) for m in maps]
-    warnings, masks = [], []
+    warnings, masks, confidence = [], [], 1.0
     for name, points, wanted, unwanted in (("positive", positive, *maps), ("negative", negative, *maps[::-1])):
         if not points:
             masks.append(torch.zeros(size, dtype=torch.bool))
@@ -97,6 +110,7 @@ def select(
         if float(wanted.max() - wanted.min()) < 1e-3:
             warnings.append(f"the similarity map of the {name} point has no contrast; its mask means little")
         score = contrast_map(wanted, unwanted, config.sigma)
+        confidence = min(confidence, separability(score.numpy()))
         score = F.interpolate(score[None, None], size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
         mask, lowered = connected_mask(score, [patch_of(p, size) for p in points])
         if lowered:
@@ -109,4 +123,4 @@ def select(
     subject, other = masks
     if (subject & other).any():
         warnings.append("the two masks overlap; the shared pixels are kept as the subject's")
-    return Selection(maps[0], maps[1], subject, other & ~subject, tuple(warnings))
+    return Selection(maps[0], maps[1], subject, other & ~subject, tuple(warnings), confidence)

@@ -21,16 +21,17 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import AutoModel, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from p3s_cli.atomic import sha256
 from p3s_cli.errors import InputError
 from p3s_cli.sd import single_file
-from p3s_cli.sd.vision import VisionTower
+from p3s_cli.sd.vision import ClipPair, VisionTower
 
 _PACKAGE = Path(__file__).parent.parent
 _SD15 = _PACKAGE / "sd" / "profiles" / "sd15.json"
 _WORLD = _PACKAGE / "world" / "weights"
+_TOWERS = {"dinov2": "facebook/dinov2-small"}
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 for _library in (diffusers, transformers):
@@ -94,12 +95,26 @@ class Family:
         return dict(_fetch(diffusers.DDIMScheduler, self.profile.base, "scheduler").config)
 
     @cached_property
-    def vision(self) -> VisionTower:
+    def vision(self) -> ClipPair:
         clip = self._frozen(_fetch(CLIPModel, self._clip, None, use_safetensors=True))
-        processor = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(self._clip)[0]
-        return VisionTower(
-            clip, _fetch(CLIPTokenizer, self._clip_tokenizer, None), processor["image_mean"], processor["image_std"]
+        tokenizer = _fetch(CLIPTokenizer, self._clip_tokenizer, None)
+        return ClipPair(
+            clip, tokenizer, *_statistics(self._clip), self.profile.feature_layers, self.profile.feature_side
         )
+
+    def mask_tower(self, name: str = "clip") -> VisionTower:
+        """What the masks are read from: the family's own CLIP tower, `dinov2`, or any ViT of transformers.
+
+        Raises InputError for a name that is neither, nor a folder or hub id with a ViT in it.
+        """
+        if name == "clip":
+            return self.vision
+        where = _TOWERS.get(name, name)
+        if not Path(where).is_dir() and where.count("/") != 1:
+            raise InputError(
+                f"no vision tower is called {name!r}; use clip, {', '.join(_TOWERS)}, a folder or a hub id"
+            )
+        return VisionTower(self._frozen(_fetch(AutoModel, where, None, use_safetensors=True)), *_statistics(where))
 
     @cached_property
     def inpaint_unet(self) -> UNet2DConditionModel | None:
@@ -223,6 +238,12 @@ def _fetch(kind: Any, where: str, subfolder: str | None, **options: Any) -> Any:
                 f"{_name(where, subfolder)} cannot be read ({_first_line(error)}); restore the folder"
             ) from error
         return _download(lambda: kind.from_pretrained(where, **options), where, subfolder)
+
+
+def _statistics(where: str) -> tuple[list[float], list[float]]:
+    """Pixel mean and deviation that a vision tower was trained with."""
+    settings = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(where)[0]
+    return settings["image_mean"], settings["image_std"]
 
 
 def _download(get: Callable[[], Any], where: str, subfolder: str | None) -> Any:

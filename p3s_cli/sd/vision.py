@@ -1,82 +1,115 @@
-"""The CLIP pair as p3s uses it: patch features of any image size, tokens for attention, vectors for scores."""
+"""Vision towers as p3s uses them: patch features of any image size, and the CLIP pair with its text side."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
+# Where masks are read from an unknown tower: the third quarter of its layers, about 39 x 39 patches
+# (768 x 512 pixels at patch 16). What a family's own tower wants is in its profile.
+_DEPTHS = (7 / 12, 8 / 12, 9 / 12)
+_CELLS = 39
+
 
 class VisionTower:
-    """A CLIP model and its pixel statistics. Images are (B, 3, H, W) in [0, 1], of any size, never cropped."""
+    """A ViT of transformers and its pixel statistics. Images are (B, 3, H, W) in [0, 1], never cropped.
 
-    def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, mean: Sequence[float], std: Sequence[float]):
-        self.clip, self.tokenizer = clip, tokenizer
+    `layers` and `side` are what its patch features for masks are read at: hidden states, and pixels of a
+    square photo.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        layers: Sequence[int] | None = None,
+        side: int | None = None,
+    ):
+        self.model = model
         self._mean = torch.tensor(mean).view(1, 3, 1, 1)
         self._std = torch.tensor(std).view(1, 3, 1, 1)
-        config = clip.config.vision_config
-        self.logit_scale = clip.logit_scale.exp().item()
+        config = model.config
         self.native, self.patch, self.width = config.image_size, config.patch_size, config.hidden_size
+        self.layers = tuple(layers or (round(d * config.num_hidden_layers) for d in _DEPTHS))
+        self.side = side or _CELLS * self.patch
+        # DINOv2 always interpolates its positions and has no such switch
+        asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self._options: dict[str, Any] = {"interpolate_pos_encoding": True} if asks else {}
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the vision tower's weights as they are in memory, in half precision."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.clip.vision_model.state_dict().items()):
+        """sha256 of the tower's weights in half precision, its layers and its resolution."""
+        digest = hashlib.sha256(repr((self.layers, self.side)).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode() + tensor.half().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    @torch.no_grad()
-    def patches(self, image: Tensor, layers: Sequence[int] = (-1,), side: int | None = None) -> Tensor:
-        """Patch tokens (H_p, W_p, D) of one image (3, H, W), the class token left out.
+    def patches(self, image: Tensor) -> Tensor:
+        """What masks are made from: the mean of the unit vectors of `layers`, (H_p, W_p, D).
 
-        The whole image is resized, aspect kept, to about the area of `side` x `side` pixels (the
-        tower's own by default; then the grid is square, as the tower was trained) and its position
-        embedding interpolated. `layers` index the hidden states, -1 the last, which for CLIP carries no
-        final LayerNorm; of several, the mean of the unit vectors is taken.
+        The whole image (3, H, W) is resized, aspect kept, to about the area of `side` x `side` pixels,
+        and the position embedding interpolated.
         """
-        rows, columns = self._grid(image.shape[-2], image.shape[-1], side)
-        hidden = self._forward(image[None], (rows, columns)).hidden_states
-        chosen = [hidden[i][0, 1:].float() for i in layers]
-        mean = chosen[0] if len(chosen) == 1 else torch.stack([F.normalize(h, dim=-1) for h in chosen]).mean(0)
-        return mean.reshape(rows, columns, -1).cpu()
+        cells, aspect = self.side / self.patch, (image.shape[-2] / image.shape[-1]) ** 0.5
+        return self._patches(image, self.layers, (max(2, round(cells * aspect)), max(2, round(cells / aspect))))
+
+    def native_patches(self, image: Tensor) -> Tensor:
+        """P3S eq. 1 as printed: last hidden state at the tower's own square grid, (N, N, D), still uncropped.
+
+        CLIP's carries no final LayerNorm.
+        """
+        return self._patches(image, (-1,), self._grid)
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
         """c_s: the last hidden state with its class token, (B, 1 + N, D), at the tower's own resolution."""
-        side = self.native // self.patch
-        return self._forward(images, (side, side)).last_hidden_state
+        return self._forward(images, self._grid).last_hidden_state
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        return self.native // self.patch, self.native // self.patch
+
+    @torch.no_grad()
+    def _patches(self, image: Tensor, layers: Sequence[int], grid: tuple[int, int]) -> Tensor:
+        hidden = self._forward(image[None], grid).hidden_states
+        count = grid[0] * grid[1]  # class and register tokens come first
+        chosen = [hidden[i][0, -count:].float() for i in layers]
+        mean = chosen[0] if len(chosen) == 1 else torch.stack([F.normalize(h, dim=-1) for h in chosen]).mean(0)
+        return mean.reshape(*grid, -1).cpu()
+
+    def _forward(self, images: Tensor, grid: tuple[int, int]) -> Any:
+        size = (grid[0] * self.patch, grid[1] * self.patch)
+        resized = F.interpolate(images.float().cpu(), size=size, mode="bicubic", antialias=True, align_corners=False)
+        pixels = ((resized.clamp(0, 1) - self._mean) / self._std).to(self.model.device, self.model.dtype)
+        return self.model(pixel_values=pixels, output_hidden_states=True, **self._options)
+
+
+class ClipPair(VisionTower):
+    """A CLIP model: its vision tower, and the space it shares with its text tower."""
+
+    def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, mean, std, layers=None, side=None):
+        super().__init__(clip.vision_model, mean, std, layers, side)
+        self.clip, self.tokenizer = clip, tokenizer
+        self.logit_scale = clip.logit_scale.exp().item()
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """Unit vectors (B, P) in the space shared with `embed_text`."""
-        side = self.native // self.patch
-        pooled = self._forward(images, (side, side)).pooler_output
+        """Unit vectors (B, P) of images."""
+        pooled = self._forward(images, self._grid).pooler_output
         return F.normalize(self.clip.visual_projection(pooled).float(), dim=-1).cpu()
 
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors (B, P)."""
+        """Unit vectors (B, P) of texts."""
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
         pooled = self.clip.text_model(**tokens).pooler_output
         return F.normalize(self.clip.text_projection(pooled).float(), dim=-1).cpu()
-
-    def _grid(self, height: int, width: int, side: int | None) -> tuple[int, int]:
-        if side is None:
-            return self.native // self.patch, self.native // self.patch
-        cells = side / self.patch
-        aspect = (height / width) ** 0.5
-        return max(2, round(cells * aspect)), max(2, round(cells / aspect))
-
-    def _forward(self, images: Tensor, grid: tuple[int, int]):
-        size = (grid[0] * self.patch, grid[1] * self.patch)
-        pixels = F.interpolate(
-            images.float().cpu(), size=size, mode="bicubic", antialias=True, align_corners=False
-        ).clamp(0, 1)
-        pixels = ((pixels - self._mean) / self._std).to(self.clip.device, self.clip.dtype)
-        return self.clip.vision_model(pixel_values=pixels, interpolate_pos_encoding=True, output_hidden_states=True)

@@ -100,7 +100,8 @@ def _judge(features, sides, objects, background, config: MaskConfig) -> Competit
     subject, negative = (nearest(features, o) for o in objects)
     objectness = config.likeness * np.maximum(subject, negative) - nearest(features, background)
     objectness = ndimage.gaussian_filter(objectness, config.smooth)
-    threshold = float(threshold_otsu(objectness)) if np.ptp(objectness) > 0 else 0.0
+    # Otsu's threshold may fall between two kinds of background; below 0 the background is the nearer one anyway
+    threshold = max(0.0, float(threshold_otsu(objectness))) if np.ptp(objectness) > 0 else 0.0
     if sides[1]:
         near = [_distance(points, features.shape[:2]) for points in sides]
         closer = (near[1] - near[0]) / (near[0] + near[1] + 1e-6)

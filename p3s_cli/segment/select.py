@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
 from p3s_cli.config import MaskConfig
-from p3s_cli.paper.points import Point, Selection, patch_of, similarity_map
+from p3s_cli.paper.points import Point, Selection, patch_of, separability, similarity_map
 from p3s_cli.segment.boundary import refine
-from p3s_cli.segment.prototypes import Competition, compete
+from p3s_cli.segment.prototypes import compete
+
+_LOW_CONFIDENCE = 0.4  # of Otsu's separability
 
 
 def select(
@@ -35,9 +38,13 @@ def select(
             coarse[own][row, column], coarse[other][row, column] = True, False
         masks.append(refine(pixels, coarse[own], coarse[other], seeds, patch, config.band) if seeds else coarse[own])
     subject, other = _without_overlap(*masks, _enlarged(won.ownership, size))
-    maps = similarity_map(features, positive), similarity_map(features, negative)
     return Selection(
-        *maps, torch.from_numpy(subject), torch.from_numpy(other), tuple(_warnings(won, subject, negative))
+        positive_map=similarity_map(features, positive),
+        negative_map=similarity_map(features, negative),
+        subject=torch.from_numpy(subject),
+        negative=torch.from_numpy(other),
+        warnings=tuple(_warnings(subject, bool(negative), patch, separability(won.objectness))),
+        confidence=separability(won.objectness),
     )
 
 
@@ -52,12 +59,25 @@ def _without_overlap(subject: np.ndarray, negative: np.ndarray, ownership: np.nd
     return subject & ~(both & (ownership < 0)), negative & ~(both & (ownership >= 0))
 
 
-def _warnings(won: Competition, subject: np.ndarray, negative: Sequence[Point]) -> list[str]:
+def _warnings(subject: np.ndarray, has_negative: bool, patch: float, confidence: float) -> list[str]:
+    """What probably went wrong, each with its remedy."""
     warnings = []
-    if float(np.ptp(won.objectness)) < 0.02:
-        warnings.append("nothing in the photo stands out from its background; the masks mean little")
+    if confidence < _LOW_CONFIDENCE:
+        warnings.append(
+            "little stands out from the background here; look at the overlay and add points where it is wrong"
+        )
     if subject.mean() > 0.9:
         warnings.append(
             "the subject's mask covers nearly the whole photo; add a negative point on what it should not cover"
         )
+    elif not has_negative and len(_lobes(subject, patch)) > 1:
+        warnings.append("the subject's mask may cover two things that touch; add a negative point on the other one")
     return warnings
+
+
+def _lobes(mask: np.ndarray, patch: float) -> list[float]:
+    """Parts that the mask falls into when a neck thinner than a few patches is cut, each at least a quarter of it."""
+    depth = ndimage.distance_transform_edt(mask)
+    labels, count = ndimage.label(depth > min(1.5 * patch, 0.5 * depth.max()))
+    shares = ndimage.sum_labels(np.ones_like(depth), labels, np.arange(1, count + 1)) / max(1, (labels > 0).sum())
+    return [s for s in shares if s >= 0.25]

@@ -5,8 +5,18 @@ changed (unless `force`), and reports through `on_progress(what, done, total)`. 
 """
 
 from p3s_cli.stages.generating import GenerateResult, generate
-from p3s_cli.stages.masking import MaskResult, mask
+from p3s_cli.stages.masking import MaskResult, grid, mask, mask_many
 from p3s_cli.stages.progress import Progress
 from p3s_cli.stages.tuning import FinetuneResult, finetune
 
-__all__ = ["FinetuneResult", "GenerateResult", "MaskResult", "Progress", "finetune", "generate", "mask"]
+__all__ = [
+    "FinetuneResult",
+    "GenerateResult",
+    "MaskResult",
+    "Progress",
+    "finetune",
+    "generate",
+    "grid",
+    "mask",
+    "mask_many",
+]

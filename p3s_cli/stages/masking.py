@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
 from p3s_cli import config as settings
+from p3s_cli import pictures
+from p3s_cli.errors import InputError
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
-from p3s_cli.stages import reference as reference_work
+from p3s_cli.stages import reference as work
+from p3s_cli.stages.clicks import read_clicks
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import Manifest, Reference, Stage, Subject, resolve_points
+from p3s_cli.subject import Manifest, Reference, Stage, Subject
 
 
 @dataclass(frozen=True)
 class MaskResult:
-    """`areas` are shares of the photo; `filler` is what removed the negative; `pictures` are for the eye."""
+    """`areas` are shares of the photo; `confidence` in [0, 1] is how well Otsu's threshold parts the photo;
+    `filler` is what removed the negative; `pictures` are for the eye."""
 
     subject: Path
     reference: str
     class_word: str
     class_score: float | None
     areas: dict[str, float]
+    confidence: float
     filler: str
     warnings: tuple[str, ...]
     pictures: tuple[Path, ...]
@@ -33,12 +38,15 @@ class MaskResult:
 
 def mask(
     photo: Path | str,
-    positive: Sequence[str | tuple[float, float]],
+    positive: Sequence[str | tuple[float, float]] = (),
     negative: Sequence[str | tuple[float, float]] = (),
     output: Path | str | None = None,
     class_word: str | None = None,
+    box: str | Sequence[float] | None = None,
     model: str = "sd15",
+    vision: str = "clip",
     preset: str = "default",
+    maps: bool = False,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -48,83 +56,131 @@ def mask(
 ) -> MaskResult:
     """Points on a photo -> subject and negative masks, and the reference without the negative (P3S eq. 1-3).
 
-    Points are (x, y) pixels of the upright image, or strings "120,88" or "0.3,0.5" (fractions). Makes
+    Points are (x, y) pixels of the upright image, or strings "120,88" or "0.3,0.5" (fractions); a box
+    (x0, y0, x1, y1) bounds the subject and, without a positive point, stands for one at its middle. Makes
     `output` (default `./<stem>/`) or adds a reference to it; the same photo again replaces its points.
+    `vision` names the tower the masks are read from; `maps` also writes eq. 1's similarity maps as a picture.
     Raises InputError for an unreadable photo, a point outside it, or one place marked both ways.
     """
     report = on_progress or silent
     photo, root = Path(photo), Path(output) if output else Path(Path(photo).stem)
     mask_config, _ = settings.preset(preset)
     picture = images.load_image(photo)
-    points = resolve_points(positive, *picture.size), resolve_points(negative, *picture.size)
-    reference_work.check_points(*points)
+    clicks = work.Clicks.read(positive, negative, box, *picture.size)
     subject = Subject.open(root) if Subject.exists(root) else None
     family = family or load(subject.manifest.model if subject else model, device, dtype)
     report("loading the vision tower", 0, 3)
+    tower = family.mask_tower(vision)
     if subject is None:
-        subject = Subject(
-            root,
-            Manifest(
-                class_word="?",
-                identifier=family.profile.identifier,
-                model=family.source,
-                vision_fingerprint=family.vision.fingerprint,
-            ),
-        )
-    reference = _reference_for(subject, picture, points)
-    options = asdict(mask_config) | {"preset": preset}
-    inputs = subject.mask_inputs(reference, options)
-    unchanged = bool(
-        reference.mask
-        and not force
-        and reference.mask.inputs == inputs
-        and reference.mask.seed == seed
-        and subject.intact(reference.mask)
-    )
+        manifest = Manifest(class_word="?", identifier=family.profile.identifier, model=family.source)
+        subject = Subject(root, manifest)
+    reference = _reference_for(subject, picture, clicks)
+    options = asdict(mask_config) | {"preset": preset, "vision": vision, "vision_fingerprint": tower.fingerprint}
+    stage = Stage(inputs=subject.mask_inputs(reference, options), settings=options, seed=seed, artifacts={})
+    unchanged = not force and _is_made(subject, reference, stage)
     if not unchanged:
         report("finding the masks", 1, 3)
-        made = reference_work.make(family, picture, points, mask_config, seed)
+        made = work.make(family, tower, picture, clicks, mask_config, seed)
         report("writing", 2, 3)
-        reference.mask = reference_work.write(
-            subject, reference, picture, made, Stage(inputs=inputs, settings=options, seed=seed, artifacts={})
-        )
-    if class_word:
-        subject.manifest.class_word, subject.manifest.class_score = class_word, None
-    elif subject.manifest.class_word == "?":
-        subject.manifest.class_word, subject.manifest.class_score = reference_work.guess_class(
-            family, picture, subject, reference
-        )
+        reference.mask = work.write(subject, reference, picture, made, stage)
+    _name(subject, family, picture, reference, class_word)
     subject.save()
     report("done", 3, 3)
-    result = reference.mask.result
-    return MaskResult(
-        root,
-        reference.folder,
-        subject.manifest.class_word,
-        subject.manifest.class_score,
-        result["areas"],
-        result["filler"],
-        tuple(result["warnings"]),
-        tuple(subject.path(n) for n in reference.mask.artifacts if n.endswith(".png")),
-        unchanged,
+    result = _result(subject, reference, unchanged)
+    return (
+        replace(result, pictures=(*result.pictures, work.write_maps(subject, reference, picture))) if maps else result
     )
 
 
-def _reference_for(subject: Subject, picture: Image.Image, points: tuple[list, list]) -> Reference:
-    """The reference with this very photo and these points; a new one if the subject does not have the photo yet."""
+def _is_made(subject: Subject, reference: Reference, stage: Stage) -> bool:
+    done = reference.mask
+    return bool(done and done.inputs == stage.inputs and done.seed == stage.seed and subject.intact(done))
+
+
+def _reference_for(subject: Subject, picture: Image.Image, clicks: work.Clicks) -> Reference:
+    """The reference with this very photo and these clicks; a new one if the subject does not have the photo yet."""
     sha = images.pixel_hash(picture)
     for reference in subject.manifest.references:
         if reference.photo_sha256 == sha:
-            reference.positive, reference.negative = points
+            reference.positive, reference.negative, reference.box = clicks.positive, clicks.negative, clicks.box
             return reference
-    folder = f"references/{len(subject.manifest.references):02d}"
     reference = Reference(
-        folder=folder,
+        folder=f"references/{len(subject.manifest.references):02d}",
         photo_sha256=sha,
         width=picture.width,
         height=picture.height,
-        positive=points[0],
-        negative=points[1],
+        positive=clicks.positive,
+        negative=clicks.negative,
+        box=clicks.box,
     )
     subject.manifest.references.append(reference)
     return reference
+
+
+def _name(subject: Subject, family: Family, picture: Image.Image, reference: Reference, word: str | None) -> None:
+    """The class word that was given, or at first CLIP's guess."""
+    if word:
+        subject.manifest.class_word, subject.manifest.class_score = word, None
+    elif subject.manifest.class_word == "?":
+        guess, score = work.guess_class(family, picture, subject, reference)
+        subject.manifest.class_word, subject.manifest.class_score = guess, score
+
+
+def _result(subject: Subject, reference: Reference, unchanged: bool) -> MaskResult:
+    made = reference.mask.result
+    return MaskResult(
+        subject=subject.root,
+        reference=reference.folder,
+        class_word=subject.manifest.class_word,
+        class_score=subject.manifest.class_score,
+        areas=made["areas"],
+        confidence=made["confidence"],
+        filler=made["filler"],
+        warnings=tuple(made["warnings"]),
+        pictures=tuple(subject.path(n) for n in reference.mask.artifacts if n.endswith(".png")),
+        unchanged=unchanged,
+    )
+
+
+def mask_many(
+    photos: Sequence[Path | str],
+    points: Path | str | None = None,
+    output: Path | str | None = None,
+    on_progress: Progress | None = None,
+    **options,
+) -> list[MaskResult]:
+    """`mask` for many photos with the clicks of a points file (`clicks.read_clicks`), the models loaded once.
+
+    Without `output` each photo becomes a subject of its own; with it, all are references of one. Other
+    options are those of `mask`. Raises InputError for several photos without a points file.
+    """
+    photos = [Path(p) for p in photos]
+    if points is None:
+        raise InputError("several photos need their points in a file; write one and name it with --points")
+    if options.get("positive") or options.get("negative") or options.get("box"):
+        raise InputError("points are given both in --points and on the command line; choose one")
+    clicks = read_clicks(Path(points), photos)
+    word = options.pop("class_word", None)
+    for name in ("positive", "negative", "box"):
+        options.pop(name, None)
+    if options.get("family") is None:
+        names = {n: options.pop(n) for n in ("model", "device", "dtype") if n in options}
+        options["family"] = load(**names)
+    results = []
+    for photo, click in zip(photos, clicks, strict=True):
+        given = {"positive": click.positive, "negative": click.negative, "box": click.box}
+        results.append(
+            mask(photo, output=output, class_word=word or click.class_word, on_progress=on_progress, **given, **options)
+        )
+    return results
+
+
+def grid(photo: Path | str, output: Path | str | None = None) -> Path:
+    """Write the upright photo under a labelled coordinate grid, for choosing points without a mouse.
+
+    Returns the picture's path, `<stem>-grid.png` in the current folder by default.
+    """
+    photo = Path(photo)
+    path = Path(output) if output else Path(f"{photo.stem}-grid.png")
+    images.save_png(path, pictures.coordinate_grid(images.load_image(photo)))
+    return path

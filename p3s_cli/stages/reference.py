@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +21,39 @@ from p3s_cli.paper.points import Selection
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.inpaint import inpainting_filler
+from p3s_cli.sd.vision import VisionTower
 from p3s_cli.sd.weights import load_tensors, save_tensors
 from p3s_cli.segment.select import select
-from p3s_cli.subject import Reference, Stage, Subject
+from p3s_cli.subject import Reference, Stage, Subject, resolve_box, resolve_points
 
-Points = tuple[list[tuple[float, float]], list[tuple[float, float]]]
+
+@dataclass(frozen=True)
+class Clicks:
+    """Points and an optional box (x0, y0, x1, y1), in pixels of the upright photo."""
+
+    positive: list[tuple[float, float]]
+    negative: list[tuple[float, float]]
+    box: tuple[float, float, float, float] | None
+
+    @classmethod
+    def read(
+        cls, positive: Sequence, negative: Sequence, box: str | Sequence[float] | None, width: int, height: int
+    ) -> Clicks:
+        """Raises InputError for what lies outside the photo, contradicts itself, or marks no subject."""
+        limits = resolve_box(box, width, height) if box is not None else None
+        wanted, unwanted = (resolve_points(p, width, height) for p in (positive, negative))
+        if limits and not wanted:
+            wanted = [((limits[0] + limits[2]) / 2, (limits[1] + limits[3]) / 2)]
+        if not wanted:
+            raise InputError("no positive point was given; mark the subject with --pos X,Y or --box X0,Y0,X1,Y1")
+        for x, y in wanted:
+            if (x, y) in unwanted:
+                raise InputError(f"the point {x:g},{y:g} is both positive and negative; put the negative one elsewhere")
+            if limits and not (limits[0] <= x <= limits[2] and limits[1] <= y <= limits[3]):
+                raise InputError(
+                    f"the positive point {x:g},{y:g} lies outside the box; widen the box or move the point"
+                )
+        return cls(wanted, unwanted, limits)
 
 
 @dataclass(frozen=True)
@@ -36,40 +65,40 @@ class Masked:
     latent: Tensor
 
 
-def check_points(positive: Sequence[tuple[float, float]], negative: Sequence[tuple[float, float]]) -> None:
-    """Raises InputError without a positive point, or with one place marked as both."""
-    if not positive:
-        raise InputError("no positive point was given; mark the subject with --pos X,Y")
-    for point in positive:
-        if point in negative:
-            raise InputError(
-                f"the point {point[0]:g},{point[1]:g} is both positive and negative; put the negative one on the thing you do not mean"
-            )
-
-
-def make(family: Family, picture: Image.Image, points: Points, config: MaskConfig, seed: int) -> Masked:
+def make(
+    family: Family, tower: VisionTower, picture: Image.Image, clicks: Clicks, config: MaskConfig, seed: int
+) -> Masked:
     """P3S eq. 1-3 for one photo; points in its pixels."""
-    pixels, profile = images.to_tensor(picture), family.profile
+    pixels = images.to_tensor(picture)
     literal = config.recipe == "paper"
-    layers, side = ((-1,), None) if literal else (profile.feature_layers, profile.feature_side)
+    embed = tower.native_patches if literal else tower.patches
 
-    def embed(image: Tensor) -> Tensor:
-        return family.vision.patches(image, layers, side)
-
+    size = (picture.height, picture.width)
     positive, negative = (
-        [((x + 0.5) / picture.width, (y + 0.5) / picture.height) for x, y in group] for group in points
+        [((x + 0.5) / picture.width, (y + 0.5) / picture.height) for x, y in group]
+        for group in (clicks.positive, clicks.negative)
     )
     features = embed(pixels)
     if literal:
-        selection = points_as_printed.select(features, positive, negative, (picture.height, picture.width), config)
+        selection = points_as_printed.select(features, positive, negative, size, config)
     else:
         selection = select(pixels, features, positive, negative, config)
+    if clicks.box:
+        selection = replace(selection, subject=selection.subject & box_mask(clicks.box, size))
     patch = max(picture.height / features.shape[0], picture.width / features.shape[1])
     region = fill_region(selection.subject, selection.negative, config.dilate * patch)
     filler = inpainting_filler(family) if region.any() else None
     inpainted = remove_negative(pixels, region, positive, embed, filler, seed, config.attempts)
-    square = look(inpainted.image, base_view(selection.subject), profile.image_size)
+    square = look(inpainted.image, base_view(selection.subject), family.profile.image_size)
     return Masked(selection, inpainted, images.encode(family.vae, square[None])[0])
+
+
+def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> Tensor:
+    """(H, W) bool, True inside the box."""
+    x0, y0, x1, y1 = (round(v) for v in box)
+    inside = torch.zeros(size, dtype=torch.bool)
+    inside[y0 : y1 + 1, x0 : x1 + 1] = True
+    return inside
 
 
 def write(subject: Subject, reference: Reference, picture: Image.Image, made: Masked, stage: Stage) -> Stage:
@@ -102,12 +131,22 @@ def write(subject: Subject, reference: Reference, picture: Image.Image, made: Ma
     )
     result = {
         "areas": {"subject": _share(selection.subject), "negative": _share(selection.negative)},
+        "confidence": round(selection.confidence, 3),
         "filler": inpainted.filler,
         "similarity_before": inpainted.before,
         "similarity_after": inpainted.after,
         "warnings": [*selection.warnings, *_filling_warnings(inpainted)],
     }
     return stage.model_copy(update={"artifacts": subject.record(*names.values()), "result": result})
+
+
+def write_maps(subject: Subject, reference: Reference, picture: Image.Image) -> Path:
+    """Eq. 1's maps over the photo, for the eye; no artifact that anything depends on."""
+    tensors, _ = load_tensors(subject.path(f"{reference.folder}/mask.safetensors"))
+    shown = [(n, pictures.heatmap(picture, tensors[f"{n}_map"].numpy())) for n in ("positive", "negative")]
+    path = subject.path(f"{reference.folder}/maps.png")
+    images.save_png(path, pictures.sheet([("similarity to the points", shown)]))
+    return path
 
 
 def _filling_warnings(inpainted: Inpainted) -> list[str]:

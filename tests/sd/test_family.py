@@ -53,12 +53,33 @@ def test_parts_are_frozen_and_the_family_is_its_own_inpainter(world):
 
 def test_vision_features_cover_a_wide_image_and_match_transformers_on_a_square_one(world):
     g = torch.Generator().manual_seed(0)
-    wide = torch.rand(3, 64, 192, generator=g)
-    rows, columns, _ = world.vision.patches(wide, side=128).shape
-    assert columns > 2 * rows
+    rows, columns, _ = world.vision.patches(torch.rand(3, 64, 192, generator=g)).shape
+    cells = world.profile.feature_side / world.vision.patch
+    assert columns / rows == pytest.approx(3, rel=0.1) and rows * columns == pytest.approx(cells**2, rel=0.1)
     square = torch.rand(3, 128, 128, generator=g)
     hidden = world.vision.clip.vision_model(pixel_values=2 * square[None] - 1).last_hidden_state
-    torch.testing.assert_close(world.vision.patches(square).reshape(256, -1), hidden[0, 1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        world.vision.native_patches(square).reshape(256, -1), hidden[0, 1:], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_masks_can_be_read_from_any_vit_folder(world, tmp_path):
+    from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+
+    small = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    for kind, config in ((ViTModel, ViTConfig), (Dinov2Model, Dinov2Config)):
+        folder = tmp_path / kind.__name__
+        kind(config(image_size=32, patch_size=8, **small)).save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text(
+            '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
+        )
+        tower = world.mask_tower(str(folder))
+        features = tower.patches(torch.rand(3, 48, 96))
+        assert features.shape[2] == 16 and features.shape[1] / features.shape[0] == pytest.approx(2, rel=0.1)
+        assert tower.layers == (2, 3, 3)  # the third quarter of four layers
+    with pytest.raises(InputError, match="no vision tower is called 'sam'"):
+        world.mask_tower("sam")
+    assert world.mask_tower("clip") is world.vision
 
 
 def test_text_longer_than_the_encoder_reads_is_reported(world):

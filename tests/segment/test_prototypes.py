@@ -12,12 +12,12 @@ CONFIG = MaskConfig()
 def scene(seed=0, cut=False):
     """14 x 20 patches: two objects, each of two parts that differ from one another, on a ground of two kinds."""
     rng = np.random.default_rng(seed)
-    kinds = unit(rng.normal(size=(6, 16)))
+    kinds = unit(rng.normal(size=(6, 64)))
     plan = np.zeros((14, 20), dtype=int)
     plan[7:] = 1
     plan[4:11, 0 if cut else 3 : 7], plan[4:7, 0 if cut else 3 : 7] = 2, 3
     plan[4:11, 12:17], plan[4:7, 12:17] = 4, 5
-    return unit(kinds[plan] + 0.1 * rng.normal(size=(14, 20, 16))), plan
+    return unit(kinds[plan] + 0.1 * rng.normal(size=(14, 20, 64)) * 0.5), plan
 
 
 def at(row, column):

@@ -1,0 +1,91 @@
+"""Points from files, boxes, and the pictures that help to choose them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from p3s_cli import pictures, stages
+from p3s_cli.errors import InputError
+from p3s_cli.sd import images
+from p3s_cli.sd.weights import load_tensors
+from p3s_cli.stages.clicks import read_clicks
+from p3s_cli.stages.reference import Clicks
+from p3s_cli.subject import resolve_box
+
+
+def write(path, data):
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_one_photo_or_many_by_name(tmp_path):
+    one = write(tmp_path / "p.json", {"positive": [[12, 8]], "negative": ["0.5,0.5"]})
+    assert read_clicks(one, [Path("a.jpg")])[0].positive == [(12, 8)]
+    many = write(
+        tmp_path / "m.json", {"a.jpg": {"positive": ["1,2"]}, "b.jpg": {"box": [1, 2, 30, 40], "class": "dog"}}
+    )
+    a, b = read_clicks(many, [Path("x/a.jpg"), Path("x/b.jpg")])
+    assert a.positive == ["1,2"] and b.box == (1, 2, 30, 40) and b.class_word == "dog"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[1, 2]", "no JSON object"),
+        ("{", "is not JSON"),
+        ('{"c.jpg": {}}', "says nothing of a.jpg"),
+        ('{"a.jpg": {"positives": []}, "b.jpg": {}}', "positives"),
+    ],
+)
+def test_files_that_say_something_else(tmp_path, content, words):
+    (tmp_path / "p.json").write_text(content)
+    with pytest.raises(InputError, match=words):
+        read_clicks(tmp_path / "p.json", [Path("a.jpg"), Path("b.jpg")])
+
+
+def test_a_box_stands_for_its_middle_and_bounds_the_mask(pair, world, tmp_path):
+    images.save_png(tmp_path / "two.png", pair[0])
+    rows, columns = (v.tolist() for v in pair[1][0].nonzero(as_tuple=True))
+    box = (min(columns), min(rows), max(columns), max(rows))
+    made = stages.mask(tmp_path / "two.png", box=box, output=tmp_path / "s", class_word="x", family=world, maps=True)
+    mask = load_tensors(tmp_path / "s/references/00/mask.safetensors")[0]["subject"].bool()
+    outside = mask.clone()
+    outside[box[1] : box[3] + 1, box[0] : box[2] + 1] = False
+    assert mask.any() and not outside.any()
+    assert made.pictures[-1].name == "maps.png" and made.pictures[-1].is_file()
+
+
+def test_boxes_that_are_none():
+    assert resolve_box("10,20,30,40", 100, 100) == (10, 20, 30, 40)
+    assert resolve_box("0.1,0.2,0.5,1.0", 101, 101) == (10, 20, 50, 100)
+    for box, words in (("1,2,3", "not a box"), ("30,20,10,40", "is empty"), ("1,1,200,50", "outside the image")):
+        with pytest.raises(InputError, match=words):
+            resolve_box(box, 100, 100)
+    with pytest.raises(InputError, match="outside the box"):
+        Clicks.read([(90, 90)], [], "1,1,50,50", 100, 100)
+    with pytest.raises(InputError, match="no positive point"):
+        Clicks.read([], [(5, 5)], None, 100, 100)
+
+
+def test_many_photos_in_one_call(pair, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images.save_png(tmp_path / "a.png", pair[0])
+    images.save_png(tmp_path / "b.png", pair[0].transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    (x, y), _ = pair[2]
+    clicks = write(tmp_path / "c.json", {"a.png": {"positive": [[x, y]]}, "b.png": {"positive": [[127 - x, y]]}})
+    apart = stages.mask_many(["a.png", "b.png"], clicks, class_word="x", family=world)
+    assert [str(r.subject) for r in apart] == ["a", "b"]
+    together = stages.mask_many(["a.png", "b.png"], clicks, output="both", class_word="x", family=world)
+    assert [r.reference for r in together] == ["references/00", "references/01"]
+    with pytest.raises(InputError, match="--points"):
+        stages.mask_many(["a.png", "b.png"], family=world)
+
+
+def test_grid_keeps_the_photo_and_labels_its_pixels(tmp_path, pair):
+    images.save_png(tmp_path / "two.png", pair[0])
+    path = stages.grid(tmp_path / "two.png", tmp_path / "g.png")
+    drawn = images.load_image(path)
+    assert drawn.width == 5 * 128  # enlarged by a whole number, so a line stands exactly on its pixel
+    assert pictures.coordinate_grid(Image.new("RGB", (900, 600))).size == (900, 600)
