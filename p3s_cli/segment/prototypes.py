@@ -23,31 +23,49 @@ from p3s_cli.config import MaskConfig
 from p3s_cli.paper.points import Point, patch_of
 
 _LEAST_BACKGROUND = 20  # patches; from fewer no background is learnt
+_FRAME_SHARE = 0.4  # of the frame: objects that take more of it are suspected to be the ground
 
 
 @dataclass(frozen=True)
 class Competition:
-    """Who won each patch. Masks (H_p, W_p) bool; `objectness` above 0 is an object, `threshold` where 0 lies;
-    `ownership` above 0 is the subject's side."""
+    """Who won each patch. Masks (H_p, W_p) bool; `objectness` above 0 is an object, `ownership` above 0 the
+    subject's side."""
 
     subject: np.ndarray
     negative: np.ndarray
     objectness: np.ndarray
     ownership: np.ndarray
-    threshold: float
 
 
 def compete(
     features: np.ndarray, positive: Sequence[Point], negative: Sequence[Point], config: MaskConfig
 ) -> Competition:
-    """Patch features (H_p, W_p, D) and points as fractions (x, y) -> who owns which patch."""
+    """Patch features (H_p, W_p, D) and points as fractions (x, y) -> who owns which patch.
+
+    The background is first learnt from the half of the frame least like the objects, for a subject may
+    be cut by the frame. Where the objects then take most of the frame, that half was only the sky and
+    the ground is taken for an object: once more, with all of the frame but what is most like them.
+    """
     features = unit(features)
-    grid = features.shape[:2]
     sides = [sorted(positive), sorted(negative)]  # the order of clicks must not matter
-    seeds = [[patch_of(p, grid) for p in points] for points in sides]
+    seeds = [[patch_of(p, features.shape[:2]) for p in points] for points in sides]
     counts = [config.prototypes * max(1, len(points)) for points in sides]
     objects = [prototypes(around(features, s), k) for s, k in zip(seeds, counts, strict=True)]
-    background = prototypes(_frame(features, objects), config.background_prototypes)
+    likeness = np.maximum(*(nearest(features, o) for o in objects))
+    frame = _frame(likeness.shape)
+    found = None
+    for limit in (np.median(likeness[frame]), np.quantile(likeness, 0.8)):
+        background = features[frame & (likeness <= limit)]
+        if found is None or len(background) >= _LEAST_BACKGROUND:
+            found = _contest(features, sides, seeds, counts, objects, background, config)
+        if (found.subject | found.negative)[frame].mean() <= _FRAME_SHARE:
+            break
+    return found
+
+
+def _contest(features, sides, seeds, counts, objects, background, config: MaskConfig) -> Competition:
+    """Rounds of judging and learning anew, from a first set of object prototypes and background patches."""
+    background = prototypes(background, config.background_prototypes)
     for _ in range(config.rounds):
         found = _judge(features, sides, objects, background, config)
         masks = _tied(found, seeds)
@@ -55,7 +73,7 @@ def compete(
         rest = features[found.objectness <= 0]
         if len(rest) >= _LEAST_BACKGROUND:
             background = prototypes(rest, config.background_prototypes)
-    return Competition(*masks, found.objectness, found.ownership, found.threshold)
+    return Competition(*masks, found.objectness, found.ownership)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -87,12 +105,11 @@ def nearest(features: np.ndarray, prototype_set: np.ndarray) -> np.ndarray:
     return (features @ prototype_set.T).max(-1)
 
 
-def _frame(features: np.ndarray, objects: list[np.ndarray]) -> np.ndarray:
-    """Patches on the frame, without the half that resembles the objects: a subject may be cut by the frame."""
-    inside = np.zeros(features.shape[:2], dtype=bool)
-    inside[1:-1, 1:-1] = True
-    likeness = np.maximum(*(nearest(features, o) for o in objects))[~inside]
-    return features[~inside][likeness <= np.median(likeness)]
+def _frame(grid: tuple[int, int]) -> np.ndarray:
+    """(H_p, W_p) bool, True on the outermost patches."""
+    frame = np.ones(grid, dtype=bool)
+    frame[1:-1, 1:-1] = False
+    return frame
 
 
 def _judge(features, sides, objects, background, config: MaskConfig) -> Competition:
@@ -109,7 +126,7 @@ def _judge(features, sides, objects, background, config: MaskConfig) -> Competit
     else:
         ownership = np.ones_like(objectness)
     above = objectness > threshold
-    return Competition(above & (ownership > 0), above & (ownership < 0), objectness - threshold, ownership, threshold)
+    return Competition(above & (ownership > 0), above & (ownership < 0), objectness - threshold, ownership)
 
 
 def _distance(points: Sequence[Point], grid: tuple[int, int]) -> np.ndarray:
