@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -32,7 +33,7 @@ def load_part(path: Path, part: str, configs: Path = _CONFIGS) -> Any:
             return _text_encoder(path, configs)
         kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
         return kind.from_single_file(str(path), config=str(configs), subfolder=part, local_files_only=True)
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+    except (SingleFileComponentError, SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"{path} holds no {part} of the SD v1 layout ({reason}); give a full SD v1 checkpoint or a diffusers folder"
