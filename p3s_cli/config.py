@@ -42,17 +42,19 @@ class ControlConfig:
 
     injection: Injection = "gated"
     lam: float = 0.2  # lambda of eq. 7
-    gate_start: float = -4.0  # b_i before training, gated form only
+    gate_start: float = -2.0  # b_i before training, gated form only
     gate_lr_scale: float = 100.0  # the gates' learning rate, relative to the rest
     gamma: float = 0.1  # eq. 15
     attention_loss: AttentionReading = "sum"  # reading of eq. 11-12
     attention_layers: Literal["last", "all"] = "last"  # Table IV
     attention_gradient: Literal["copy", "both"] = "copy"  # whether eq. 11 also moves the frozen U-Net's map
-    drop_text: float = 0.1  # Sec. IV-A, text and injection dropped independently
+    drop_text: float = 0.3  # 0.1 in Sec. IV-A; text and injection are dropped independently
     drop_injection: float = 0.1
-    augment: Literal["none", "joint", "independent"] = "independent"  # geometry of reference and target
+    augment: Literal["none", "joint", "independent"] = "none"  # geometry of reference and target
     reference_background: Literal["keep", "remove"] = "remove"
-    background_weight: float = 0.1  # of L_LDM outside the subject's mask; 1 is eq. 14 as printed
+    background_weight: float = 0.0  # of L_LDM outside the subject's mask; 1 is eq. 14 as printed
+    # put behind the training prompts, so that a prompt with a place is nothing new to the control
+    contexts: tuple[str, ...] = ("", "in the city", "with a mountain in the background", "on a wooden floor")
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ PAPER_CONTROL = ControlConfig(
     augment="none",
     reference_background="keep",
     background_weight=1.0,
+    contexts=("",),
+    drop_text=0.1,
 )
 PRESETS: dict[str, tuple[MaskConfig, ControlConfig]] = {
     "paper": (MaskConfig(recipe="paper"), PAPER_CONTROL),

@@ -74,10 +74,10 @@ def condition(family: Family, photos: list[Photo], views: list[View], config: Co
 
 @dataclass(frozen=True)
 class _Bank:
-    """Everything a training step draws from, encoded once: targets (K, 4, h, w), their loss weights (K, 1, h, w), conditions."""
+    """Everything a training step draws from, encoded once: targets (K, 4, h, w), their masks (K, 1, h, w), conditions."""
 
     targets: Tensor
-    weights: Tensor
+    masks: Tensor
     conditions: Condition
 
     @classmethod
@@ -92,18 +92,17 @@ class _Bank:
         masks = torch.stack([look(p.mask.float()[None], v, size) for p, v in zip(chosen, target_views, strict=True)])
         latents = images.encode(family.vae, targets)
         inside = F.interpolate(masks, size=latents.shape[-2:], mode="area").to(latents.device)
-        weights = config.background_weight + (1 - config.background_weight) * inside
-        return cls(latents, weights, condition(family, chosen, seen_views, config))
+        return cls(latents, inside, condition(family, chosen, seen_views, config))
 
     def draw(self, batch: int, config: ControlConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, Condition]:
-        """A batch of targets, weights and conditions; jointly or independently drawn."""
+        """A batch of targets, masks and conditions; jointly or independently drawn."""
         target = torch.randint(len(self.targets), (batch,), generator=generator)
         seen = (
             torch.randint(len(self.targets), (batch,), generator=generator)
             if config.augment == "independent"
             else target
         )
-        return self.targets[target], self.weights[target], self.conditions[seen]
+        return self.targets[target], self.masks[target], self.conditions[seen]
 
 
 def _view(photo: Photo, config: ControlConfig, generator: torch.Generator) -> View:
@@ -182,12 +181,12 @@ class _Loss:
         self.device, self.dtype = family.device, family.dtype
         self.noise_schedule = _alphas(family).to(family.device)
         name = f"{subject.manifest.identifier} {subject.manifest.class_word}"
-        prompts = [t.format(name) for t in TEMPLATES]
+        prompts = [f"{t.format(name)} {c}".strip() for t in TEMPLATES for c in config.contexts]
         self.text = text.encode(family.tokenizer, family.text_encoder, [*prompts, ""])
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         config, n = self.config, self.batch
-        x0, weight, seen = self.bank.draw(n, config, generator)
+        x0, inside, seen = self.bank.draw(n, config, generator)
         t = torch.randint(len(self.noise_schedule), (n,), generator=generator).to(self.device)
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
         template = torch.randint(len(self.text) - 1, (n,), generator=generator)
@@ -201,6 +200,7 @@ class _Loss:
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
             injection, copy_maps = self.control.inject(x_t, t, states, seen.latent, seen.vision, ones, active, maps)
             predicted = controlled_noise(self.unet, x_t, t, states, injection)
+        weight = config.background_weight + (1 - config.background_weight) * inside
         denoising = denoising_loss(predicted, noise, weight)
         value, consistency = total_loss(
             denoising, copy_maps, injection.maps, config.gamma, config.attention_loss, config.attention_gradient

@@ -15,7 +15,7 @@ def denoising_loss(predicted: Tensor, noise: Tensor, weight: Tensor | None = Non
     error = (predicted.float() - noise.float()).square()
     if weight is None:
         return error.mean()
-    return (error * weight).sum() / (weight.sum() * error.shape[1])
+    return (error * weight).sum() / (weight.sum().clamp(min=1e-6) * error.shape[1])
 
 
 def attention_consistency(copy_map: Tensor, frozen_map: Tensor, reading: AttentionReading) -> Tensor:
