@@ -1,7 +1,7 @@
 """Every constant of the paper, once, with its section; and the two presets. No torch in here.
 
 `PAPER` is the literal reading of P3S-Diffusion (arXiv:2412.19533). `DEFAULT` is what measures best
-here (`benchmarks/results/readings.md`). Defaults that belong to a family of models, not to the
+here (`benchmarks/results/`). Defaults that belong to a family of models, not to the
 method (image size, learning rate, feature layer), are in that family's `p3s.json`.
 """
 
