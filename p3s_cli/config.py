@@ -7,8 +7,9 @@ method (image size, learning rate, feature layer), are in that family's `p3s.jso
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from p3s_cli.errors import InputError
 
@@ -120,3 +121,8 @@ def with_schedule(config: GenerateConfig, kind: str) -> GenerateConfig:
     if kind not in kinds:
         raise InputError(f"no weight schedule is called {kind!r}; choose one of: {', '.join(kinds)}")
     return replace(config, schedule=replace(config.schedule, kind=kind))
+
+
+def as_settings(config: Any) -> dict:
+    """A configuration as a manifest holds it: what JSON would read back (tuples are lists there)."""
+    return json.loads(json.dumps(asdict(config)))

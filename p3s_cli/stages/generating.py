@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,7 +75,7 @@ def generate(
     text.check_identifier_survives(family.tokenizer, words, subject.manifest.identifier)
     lost = text.lost_words(family.tokenizer, words)
     warnings = (f'the prompt is too long; the text encoder does not see "{lost}"',) if lost else ()
-    record = {"prompt": prompt, "text": words, "sampling": asdict(sampling), "control": tuned.artifacts}
+    record = {"prompt": prompt, "text": words, "sampling": settings.as_settings(sampling), "control": tuned.artifacts}
     record["base"] = tuned.settings["base_fingerprint"]
     seeds = tuple(range(seed, seed + n))
     paths, grid = _paths(subject, record, seeds)

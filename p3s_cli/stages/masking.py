@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -75,7 +75,11 @@ def mask(
         manifest = Manifest(class_word="?", identifier=family.profile.identifier, model=family.source)
         subject = Subject(root, manifest)
     reference = _reference_for(subject, picture, clicks)
-    options = asdict(mask_config) | {"preset": preset, "vision": vision, "vision_fingerprint": tower.fingerprint}
+    options = settings.as_settings(mask_config) | {
+        "preset": preset,
+        "vision": vision,
+        "vision_fingerprint": tower.fingerprint,
+    }
     stage = Stage(inputs=subject.mask_inputs(reference, options), settings=options, seed=seed, artifacts={})
     unchanged = not force and _is_made(subject, reference, stage)
     if not unchanged:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,7 +56,7 @@ def finetune(
     config = replace(
         config, steps=steps or int(family.profile.finetune["steps"]), lr=lr or family.profile.finetune["lr"]
     )
-    options = {"config": asdict(config), "base_fingerprint": base, "base": family.source}
+    options = {"config": settings.as_settings(config), "base_fingerprint": base, "base": family.source}
     inputs = subject.finetune_inputs(base)
     done, name = subject.manifest.finetune, "control/control.safetensors"
     if done and not force and done.inputs == inputs and done.settings == options and subject.intact(done):
