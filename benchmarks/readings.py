@@ -1,10 +1,9 @@
 """Compare the readings that the paper leaves open, on the bundled family. Prints a Markdown table.
 
-    python benchmarks/readings.py masks                 # raw or rescaled similarities, feature layers
     python benchmarks/readings.py control --subjects 4  # injection, attention loss, training data
     python benchmarks/readings.py guidance              # s_i and s_t of one tuned subject
 
-Scenes are held-out pairs of look-alikes. Columns of the control table: `selective`, share of images
+How masks are found is compared by `masks.py`. Scenes are held-out pairs of look-alikes. Columns of the control table: `selective`, share of images
 nearer to true renders of the chosen subject than of the other; `identity`, mean CLIP cosine with true
 renders of the chosen subject (`other`: with those of the other one); `background` and `category`, share
 of images whose prompt CLIP recognises among all of the world's.
@@ -24,10 +23,9 @@ import torch
 from tables import last_line, machine, markdown
 
 from p3s_cli import stages
-from p3s_cli.config import ControlConfig, MaskConfig
+from p3s_cli.config import ControlConfig
 from p3s_cli.demo import click, true_vectors
-from p3s_cli.evals.metrics import intersection_over_union, nearer
-from p3s_cli.paper.points import select
+from p3s_cli.evals.metrics import nearer
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
 from p3s_cli.world.render import render
@@ -44,45 +42,10 @@ CONTROLS: dict[str, Callable[[ControlConfig], ControlConfig]] = {
     "L_ac off": lambda c: replace(c, attention_loss="off"),
     "L_ac gradient both": lambda c: replace(c, attention_gradient="both"),
     "augment joint": lambda c: replace(c, augment="joint"),
-    "augment none": lambda c: replace(c, augment="none"),
+    "augment independent": lambda c: replace(c, augment="independent"),
     "background kept": lambda c: replace(c, reference_background="keep"),
-    "loss unweighted": lambda c: replace(c, background_weight=1.0),
+    "loss over the whole image": lambda c: replace(c, background_weight=1.0),
 }
-
-
-def masks(family: Family, scenes: int) -> list[dict]:
-    """IoU of both masks with the truth, for each reading of eq. 2 at several layers and resolutions."""
-    profile = family.profile
-    drawn = [render([lookalike_scene(FIRST_SCENE + k)]) for k in range(scenes)]
-    layers = range(len(family.vision.clip.vision_model.encoder.layers) + 1)
-    settings = [
-        (s, layer, side)
-        for side in (family.vision.native, profile.feature_side)
-        for layer in layers
-        for s in ("raw", "rescaled")
-    ]
-    rows = []
-    for similarity, layer, side in settings:
-        config, found = MaskConfig(similarity=similarity), []
-        for pixels, truth in drawn:
-            size = pixels.shape[-2:]
-            points = [[((x + 0.5) / size[1], (y + 0.5) / size[0])] for x, y in (click(truth[0, 0]), click(truth[0, 1]))]
-            made = select(family.vision.patches(pixels[0], layer, side), *points, tuple(size), config)
-            found += [
-                intersection_over_union(made.subject, truth[0, 0]),
-                intersection_over_union(made.negative, truth[0, 1]),
-            ]
-        share = sum(v < 0.6 for v in found) / len(found)
-        rows.append(
-            {
-                "similarity": similarity,
-                "layer": layer,
-                "side": side,
-                "mean IoU": sum(found) / len(found),
-                "share below 0.6": share,
-            }
-        )
-    return rows
 
 
 class Bench:
@@ -185,17 +148,14 @@ def guidance(family: Family, subjects: int, steps: int | None) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["masks", "control", "guidance"])
+    parser.add_argument("what", choices=["control", "guidance"])
     parser.add_argument("--model", default="world")
-    parser.add_argument("--scenes", type=int, default=50, help="scenes for `masks`")
     parser.add_argument("--subjects", type=int, default=4)
     parser.add_argument("--steps", type=int, help="tuning steps; default the family's")
     parser.add_argument("--only", nargs="+", choices=list(CONTROLS))
     args = parser.parse_args()
     family = load(args.model)
-    if args.what == "masks":
-        rows = masks(family, args.scenes)
-    elif args.what == "control":
+    if args.what == "control":
         rows = control(family, args.subjects, args.steps, args.only)
     else:
         rows = guidance(family, args.subjects, args.steps)
