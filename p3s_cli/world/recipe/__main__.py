@@ -1,4 +1,4 @@
-"""Train the bundled family from nothing: tokenizer -> vae -> clip -> vision -> unet -> export.
+"""Train the bundled family from nothing: tokenizer -> vae -> clip -> vision -> unet -> unet_long -> export.
 
     python -m p3s_cli.world.recipe vae --work runs/world          # one stage
     python -m p3s_cli.world.recipe all --work runs/world --device cuda
@@ -29,9 +29,9 @@ from p3s_cli.world.scenes import BACKGROUNDS, SIZE, caption, sample_scene
 
 HELD_OUT = 10_000_000
 
-STEPS = {"vae": 7_500, "clip": 1_400, "vision": 900, "unet": 4_800}
-BATCH = {"vae": 16, "clip": 96, "vision": 96, "unet": 32}
-LEARNING_RATE = {"vae": 2e-3, "clip": 1e-3, "vision": 7e-4, "unet": 5e-4}
+STEPS = {"vae": 7_500, "clip": 1_400, "vision": 900, "unet": 4_800, "unet_long": 7_500}
+BATCH = {"vae": 16, "clip": 96, "vision": 96, "unet": 32, "unet_long": 32}
+LEARNING_RATE = {"vae": 2e-3, "clip": 1e-3, "vision": 7e-4, "unet": 5e-4, "unet_long": 5e-4}
 SCENES = 32_000
 
 
@@ -40,11 +40,16 @@ class Pool:
 
     def __init__(self, size: int, device: str):
         self.scenes = [sample_scene(seed) for seed in range(size)]
-        pieces = [render(self.scenes[i : i + 64], device)[0] for i in range(0, size, 64)]
+        images, subjects = [], []
+        for i in range(0, size, 64):
+            pixels, masks = render(self.scenes[i : i + 64], device)
+            images.append((255 * pixels).round().to(torch.uint8))
+            subjects.append((255 * F.avg_pool2d(masks.amax(1, keepdim=True).float(), 8)).round().to(torch.uint8))
         self._by_place = {
             b: torch.tensor([i for i, s in enumerate(self.scenes) if s.background == b]) for b in BACKGROUNDS
         }
-        self.images = torch.cat([(255 * p).round().to(torch.uint8) for p in pieces])  # (N, 3, 128, 128)
+        self.images = torch.cat(images)  # (N, 3, 128, 128)
+        self.subjects = torch.cat(subjects).cpu()  # (N, 1, 16, 16), the share of each latent pixel in 0..255
 
     def pixels(self, index: Tensor) -> Tensor:
         """(B, 3, 128, 128) in [-1, 1]."""
@@ -232,13 +237,27 @@ def _contrast(
 
 
 def stage_unet(shop: Workshop) -> None:
-    """Noise prediction with min-SNR weights (arXiv:2303.09556, gamma 5); a tenth of the captions dropped."""
+    """Noise prediction from random weights."""
     torch.manual_seed(shop.seed)
-    unet = models.build_unet().to(shop.device)
+    _denoise(shop, "unet", models.build_unet().to(shop.device), subject_weight=1.0)
+
+
+def stage_unet_long(shop: Workshop) -> None:
+    """A second, longer round from the averaged weights of the first, in which subjects weigh three times the ground.
+
+    The first round learns the eight grounds and leaves the categories rough; what is left to learn is in
+    the subjects, which cover a fifth of the latents.
+    """
+    unet = UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device)
+    _denoise(shop, "unet_long", unet, subject_weight=3.0)
+
+
+def _denoise(shop: Workshop, stage: str, unet: UNet2DConditionModel, subject_weight: float) -> None:
+    """Noise prediction with min-SNR weights (arXiv:2303.09556, gamma 5); a tenth of the captions dropped."""
     tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     text_model = CLIPModel.from_pretrained(shop.family / "clip").text_model.to(shop.device).eval()
     scheduler = models.build_scheduler()
-    latents = _latents(shop)
+    latents, subjects = _latents(shop)
     alphas = scheduler.alphas_cumprod.to(shop.device)
 
     @torch.no_grad()
@@ -247,28 +266,33 @@ def stage_unet(shop: Workshop) -> None:
         return text_model(ids.to(shop.device)).last_hidden_state
 
     def loss(step: int, generator: torch.Generator):
-        index = shop.pool.draw(BATCH["unet"], generator)
+        index = shop.pool.draw(BATCH[stage], generator)
         dropped = torch.rand(len(index), generator=generator) < 0.1
         captions = ["" if d else c for c, d in zip(shop.pool.captions(index, generator), dropped.tolist(), strict=True)]
         x0 = latents[index].to(shop.device)
+        weight = 1 + (subject_weight - 1) * subjects[index].to(shop.device).float() / 255
         noise = torch.randn(x0.shape, generator=generator).to(shop.device)
         t = torch.randint(1000, (len(index),), generator=generator).to(shop.device)
         with shop.autocast():
             eps = unet(scheduler.add_noise(x0, noise, t), t, encode(captions)).sample
         snr = alphas[t] / (1 - alphas[t])
-        value = ((eps.float() - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
-        return value, {}
+        error = (weight * (eps.float() - noise).square()).mean((1, 2, 3)) / weight.mean((1, 2, 3))
+        return (error * snr.clamp(max=5) / snr).mean(), {}
 
-    shop.fit("unet", unet, loss, weight_decay=0.01, ema=0.999)
+    shop.fit(stage, unet, loss, weight_decay=0.01, ema=0.999)
     unet.save_pretrained(shop.family / "unet")
 
 
 @torch.no_grad()
-def _latents(shop: Workshop) -> Tensor:
-    """Scaled latents (N, 4, 16, 16) of every training scene, kept for the runs that go on from a checkpoint."""
+def _latents(shop: Workshop) -> tuple[Tensor, Tensor]:
+    """Scaled latents (N, 4, 16, 16) of every training scene and how much of each is subject (N, 1, 16, 16), in bytes.
+
+    Kept in a file for the runs that go on from a checkpoint.
+    """
     path = shop.work / "latents.safetensors"
     if path.exists():
-        return load_tensors(path)[0]["latents"]
+        kept = load_tensors(path)[0]
+        return kept["latents"], kept["subjects"]
     vae = AutoencoderKL.from_pretrained(shop.family / "vae").to(shop.device)
     latents = []
     for i in range(0, len(shop.pool.scenes), 64):
@@ -279,8 +303,8 @@ def _latents(shop: Workshop) -> Tensor:
                 ).latent_dist.mean.float()
             )
     scaled = torch.cat(latents).cpu() * vae.config.scaling_factor
-    save_tensors(path, {"latents": scaled})
-    return scaled
+    save_tensors(path, {"latents": scaled, "subjects": shop.pool.subjects})
+    return scaled, shop.pool.subjects
 
 
 def stage_export(shop: Workshop) -> None:
@@ -312,6 +336,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "clip": stage_clip,
     "vision": stage_vision,
     "unet": stage_unet,
+    "unet_long": stage_unet_long,
     "export": stage_export,
 }
 
