@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -40,20 +41,32 @@ SCENES = 32_000
 
 
 class Pool:
-    """Training scenes, drawn once and kept as bytes, with fresh captions at every visit."""
+    """Training scenes with fresh captions at every visit; drawn at first need and kept as bytes."""
 
     def __init__(self, size: int, device: str):
-        self.scenes = [sample_scene(seed) for seed in range(size)]
-        images, subjects = [], []
-        for i in range(0, size, 64):
-            pixels, masks = render(self.scenes[i : i + 64], device)
-            images.append((255 * pixels).round().to(torch.uint8))
-            subjects.append((255 * F.avg_pool2d(masks.amax(1, keepdim=True).float(), 8)).round().to(torch.uint8))
+        self.device, self.scenes = device, [sample_scene(seed) for seed in range(size)]
         self._by_place = {
             b: torch.tensor([i for i, s in enumerate(self.scenes) if s.background == b]) for b in BACKGROUNDS
         }
-        self.images = torch.cat(images)  # (N, 3, 128, 128)
-        self.subjects = torch.cat(subjects).cpu()  # (N, 1, 16, 16), the share of each latent pixel in 0..255
+
+    @property
+    def images(self) -> Tensor:
+        """(N, 3, 128, 128), bytes."""
+        return self._drawn[0]
+
+    @property
+    def subjects(self) -> Tensor:
+        """(N, 1, 16, 16), the share of each latent pixel that is subject, in 0..255."""
+        return self._drawn[1]
+
+    @cached_property
+    def _drawn(self) -> tuple[Tensor, Tensor]:
+        images, subjects = [], []
+        for i in range(0, len(self.scenes), 64):
+            pixels, masks = render(self.scenes[i : i + 64], self.device)
+            images.append((255 * pixels).round().to(torch.uint8))
+            subjects.append((255 * F.avg_pool2d(masks.amax(1, keepdim=True).float(), 8)).round().to(torch.uint8))
+        return torch.cat(images), torch.cat(subjects).cpu()
 
     def pixels(self, index: Tensor) -> Tensor:
         """(B, 3, 128, 128) in [-1, 1]."""
@@ -80,15 +93,11 @@ class Workshop:
     def __init__(self, work: Path, device: str, seed: int, scenes: int, steps: int | None, until: int | None):
         self.work, self.device, self.seed, self.steps, self.until = work, device, seed, steps, until
         self.family = work / "family"
-        self._scenes, self._pool = scenes, None
+        self._scenes = scenes
 
-    @property
+    @cached_property
     def pool(self) -> Pool:
-        if self._pool is None:
-            started = time.monotonic()
-            self._pool = Pool(self._scenes, self.device)
-            self.log("scenes", {"drawn": self._scenes, "seconds": round(time.monotonic() - started, 1)})
-        return self._pool
+        return Pool(self._scenes, self.device)
 
     def log(self, stage: str, row: dict) -> None:
         line = json.dumps({"stage": stage, **row})
