@@ -41,6 +41,7 @@ class MaskConfig:
 class ControlConfig:
     """The control: what is injected, how, and what it is trained with (Sec. III-B)."""
 
+    rngr: bool = True  # eq. 4-5; without it the copy is given I' itself (Table II)
     injection: Injection = "gated"
     lam: float = 0.2  # lambda of eq. 7
     gate_start: float = -2.0  # b_i before training, gated form only

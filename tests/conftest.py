@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from p3s_cli.config import ControlConfig
 from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd.family import Family, load
-from p3s_cli.world.render import render
+from p3s_cli.world.render import click, render
 from p3s_cli.world.scenes import lookalike_scene
 
 
@@ -72,7 +72,6 @@ def batch():
 @pytest.fixture(scope="session")
 def pair():
     """A drawn scene with two look-alikes: (PIL image, true masks (2, H, W), a click on each)."""
-    from p3s_cli.demo import click
     from p3s_cli.sd.images import to_pil
 
     pixels, masks = render([lookalike_scene(20_000_007)])

@@ -55,11 +55,13 @@ class Profile:
     finetune: dict[str, float]
     guidance: float
     nouns: tuple[str, ...]
+    protocol: str  # how `p3s eval` scores where nothing else is asked for
+    prompts: tuple[str, ...]  # what `p3s eval` draws of a subject: [V] stands for it, {} for its class word
 
     @classmethod
     def read(cls, path: Path, **overrides: Any) -> Profile:
         data = json.loads(path.read_text()) | overrides
-        return cls(**data | {name: tuple(data[name]) for name in ("nouns", "feature_layers")})
+        return cls(**data | {name: tuple(data[name]) for name in ("nouns", "prompts", "feature_layers")})
 
 
 class Family:
@@ -127,6 +129,12 @@ class Family:
             return self._frozen(_fetch(UNet2DConditionModel, self.profile.inpainter, "unet", use_safetensors=True))
         except InputError:
             return None
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the family lies, if it is a folder: its own metric models are looked for in it."""
+        path = Path(self.profile.base)
+        return path if path.is_dir() else None
 
     def fingerprint(self) -> str:
         """sha256 over the files of U-Net, VAE and text encoder: what a trained control belongs to."""

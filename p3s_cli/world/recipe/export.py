@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, ResNetForImageClassification, ResNetModel
 
 from p3s_cli.world import models
 from p3s_cli.world.recipe.workshop import Workshop
@@ -18,6 +18,8 @@ def stage_export(shop: Workshop) -> None:
         "vae": AutoencoderKL.from_pretrained(shop.family / "vae").half(),
         "unet": UNet2DConditionModel.from_pretrained(shop.family / "unet").half(),
         "text_encoder": clip.text_model,
+        "readers/labels": ResNetForImageClassification.from_pretrained(shop.family / "readers/labels").half(),
+        "readers/identity": ResNetModel.from_pretrained(shop.family / "readers/identity").half(),
         "clip": clip,  # the whole pair, as openai/clip-vit-large-patch14 has it: towers and both projections
     }
     for name, model in parts.items():

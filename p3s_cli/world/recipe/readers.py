@@ -22,7 +22,7 @@ _TEMPERATURE = 0.1
 def stage_labels(shop: Workshop) -> None:
     """Binary cross-entropy on every label of a scene of one to three subjects."""
     torch.manual_seed(shop.seed)
-    reader = build_label_reader().to(shop.device).train()
+    reader = build_label_reader().to(shop.device, memory_format=torch.channels_last).train()
     truth = torch.tensor([[float(x in true_labels(s)) for x in LABELS] for s in shop.pool.scenes])
     decoded = _decode(shop, shop.pool.images[:_DECODED])
 
@@ -44,7 +44,7 @@ def stage_labels(shop: Workshop) -> None:
 def stage_identity(shop: Workshop) -> None:
     """Two pictures of one individual are near, others of its category far (NT-Xent, arXiv:2002.05709)."""
     torch.manual_seed(shop.seed)
-    encoder = build_identity_encoder().to(shop.device).train()
+    encoder = build_identity_encoder().to(shop.device, memory_format=torch.channels_last).train()
     portraits = _portraits(shop)
 
     def loss(step: int, generator: torch.Generator):
@@ -100,4 +100,5 @@ def _jitter(pixels: Tensor, generator: torch.Generator) -> Tensor:
     dx, dy = torch.randint(-6, 7, (2,), generator=generator).tolist()
     shifted = F.pad(pixels.float(), (6, 6, 6, 6), mode="replicate")[..., 6 + dy : 134 + dy, 6 + dx : 134 + dx]
     noise = torch.randn(shifted.shape, generator=generator).to(shifted.device)
-    return shifted / 127.5 - 1 + 0.03 * noise
+    # channels last doubles the pace of narrow convolutions on a CPU
+    return (shifted / 127.5 - 1 + 0.03 * noise).contiguous(memory_format=torch.channels_last)

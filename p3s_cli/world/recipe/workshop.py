@@ -23,7 +23,7 @@ STEPS = {
     "clip": 1_400,
     "vision": 900,
     "unet": 4_800,
-    "unet_long": 7_500,
+    "unet_long": 6_000,
     "labels": 1_600,
     "identity": 1_200,
 }
