@@ -1,4 +1,4 @@
-"""Train the bundled family from nothing: tokenizer -> vae -> clip -> vision -> unet -> unet_long -> labels -> identity -> export.
+"""Train the bundled family from nothing: tokenizer, autoencoder, CLIP pair, U-Net, readers; then export it.
 
     python -m p3s_cli.world.recipe vae --work runs/world          # one stage
     python -m p3s_cli.world.recipe all --work runs/world --device cuda
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from p3s_cli.world.recipe.autoencoder import stage_vae
-from p3s_cli.world.recipe.contrast import stage_clip, stage_tokenizer, stage_vision
+from p3s_cli.world.recipe.contrast import stage_clip, stage_tokenizer, stage_vision, stage_vision_long
 from p3s_cli.world.recipe.denoiser import stage_unet, stage_unet_long
 from p3s_cli.world.recipe.export import stage_export
 from p3s_cli.world.recipe.readers import stage_identity, stage_labels
@@ -27,6 +27,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "vae": stage_vae,
     "clip": stage_clip,
     "vision": stage_vision,
+    "vision_long": stage_vision_long,
     "unet": stage_unet,
     "unet_long": stage_unet_long,
     "labels": stage_labels,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from p3s_cli.sd.train import Checkpoint, Recipe, train
 from p3s_cli.world.render import render
-from p3s_cli.world.scenes import BACKGROUNDS, caption, sample_scene
+from p3s_cli.world.scenes import BACKGROUNDS, Wording, caption, sample_scene, short_caption
 
 HELD_OUT = 10_000_000
 
@@ -22,16 +22,27 @@ STEPS = {
     "vae": 7_500,
     "clip": 1_400,
     "vision": 900,
+    "vision_long": 1_800,
     "unet": 4_800,
     "unet_long": 6_000,
     "labels": 1_600,
     "identity": 1_200,
 }
-BATCH = {"vae": 16, "clip": 96, "vision": 96, "unet": 32, "unet_long": 32, "labels": 96, "identity": 128}
+BATCH = {
+    "vae": 16,
+    "clip": 96,
+    "vision": 96,
+    "vision_long": 96,
+    "unet": 32,
+    "unet_long": 32,
+    "labels": 96,
+    "identity": 128,
+}
 LEARNING_RATE = {
     "vae": 2e-3,
     "clip": 1e-3,
     "vision": 7e-4,
+    "vision_long": 7e-4,
     "unet": 5e-4,
     "unet_long": 5e-4,
     "labels": 2e-3,
@@ -72,8 +83,10 @@ class Pool:
         """(B, 3, 128, 128) in [-1, 1]."""
         return self.images[index.to(self.images.device)].float() / 127.5 - 1
 
-    def captions(self, index: Tensor, generator: torch.Generator) -> list[str]:
+    def captions(self, index: Tensor, generator: torch.Generator, wording: Wording = "full") -> list[str]:
         salt = torch.randint(2**31, (len(index),), generator=generator).tolist()
+        if wording != "full":
+            return [short_caption(self.scenes[i], wording) for i in index.tolist()]
         return [caption(self.scenes[i], s) for i, s in zip(index.tolist(), salt, strict=True)]
 
     def draw_alike(self, n: int, generator: torch.Generator) -> Tensor:
