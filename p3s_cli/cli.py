@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from p3s_cli import __version__
+from p3s_cli import __version__, signals
 from p3s_cli.errors import P3SError
 
 app = typer.Typer(
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 on CUDA.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random in this stage.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**53, help="Seed of everything random in this stage.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing has changed.")]
 SubjectDir = Annotated[Path, typer.Argument(help="Subject directory made by `p3s mask`.")]
@@ -55,9 +55,6 @@ def _run(stage: Callable[..., Any], as_json: bool, show: Callable[[Any], list[st
     except P3SError as error:
         print(f"p3s: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("p3s: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise typer.Exit(130) from None
     except OSError as error:
         print(f"p3s: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -205,7 +202,9 @@ def generate(
     subject_dir: SubjectDir,
     prompt: Annotated[str, typer.Argument(help='What to draw, with [V] before the class word: "a [V] dog on beach".')],
     n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up from it.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**53, help="Seed of the first image; the others count up from it.")
+    ] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     guidance: Annotated[
         float | None, typer.Option(help="Strength of the text; default the family's (7.5 for sd15).")
@@ -318,7 +317,7 @@ def _show_scores(result: Any) -> list[str]:
 @app.command()
 def demo(
     directory: Annotated[Path, typer.Argument(help="Where to put everything.")] = Path("p3s-demo"),
-    seed: Annotated[int, typer.Option(help="Which scene to draw, and the seed of every stage.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which scene to draw, and the seed of every stage.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
@@ -331,10 +330,15 @@ def demo(
 
 
 def run() -> None:
-    """Entry point. Hub libraries keep their notices to themselves."""
+    """Entry point. Hub libraries keep their notices to themselves; SIGINT and SIGTERM end it in good order."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    app()
+    try:
+        with signals.raising():
+            app()
+    except signals.Interrupted as stop:
+        print("p3s: interrupted; the same command goes on from what is done", file=sys.stderr)
+        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import p3s_cli
 
 ROOT = Path(p3s_cli.__file__).parent
-LEAVES = {"config", "errors", "atomic"}  # may be imported by all
+LEAVES = {"config", "errors", "atomic", "signals"}  # may be imported by all
 
 # room -> the rooms it may import
 ALLOWED = {
@@ -17,9 +17,10 @@ ALLOWED = {
     "evals": set(),
     "pictures": set(),
     "subject": set(),
+    "lock": {"subject"},
     "methods": {"paper", "sd", "subject"},
     "segment": {"paper"},
-    "stages": {"methods", "paper", "pictures", "sd", "segment", "subject"},
+    "stages": {"lock", "methods", "paper", "pictures", "sd", "segment", "subject"},
     "world": {"sd"},
     "benches": {"stages", "world", "evals", "methods", "sd", "segment", "subject"},
     "demo": {"stages", "world", "evals", "pictures", "sd"},

@@ -127,7 +127,8 @@ def _copy_masked(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source / "references", target / "references")
     bare = Subject(target, wanted.model_copy(update={"finetune": None, "generated": []}))
-    bare.save()
+    with bare.changing():  # the references are in place; only the manifest is new
+        pass
 
 
 class _Clock:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig
+from p3s_cli.errors import InputError
 from p3s_cli.methods.base import Generator, register
 from p3s_cli.methods.views import View, base_view, look, random_view
 from p3s_cli.paper.losses import denoising_loss, total_loss
@@ -19,8 +20,8 @@ from p3s_cli.paper.schedule import injection_weight
 from p3s_cli.sd import images, text
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.train import Checkpoint, OnStep, Recipe, train
-from p3s_cli.sd.weights import load_tensors
-from p3s_cli.subject import Subject
+from p3s_cli.sd.weights import check_layout, layout_of, load_tensors
+from p3s_cli.subject import Subject, mask_layout
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a {}")
 _VIEWS = 24  # augmented views encoded once for each reference
@@ -52,7 +53,9 @@ def read_photos(subject: Subject) -> list[Photo]:
     """The inpainted references with their masks, as `p3s mask` left them."""
     photos = []
     for reference in subject.manifest.references:
-        tensors, _ = load_tensors(subject.path(f"{reference.folder}/mask.safetensors"))
+        name = f"{reference.folder}/mask.safetensors"
+        sha = reference.mask.artifacts.get(name) if reference.mask else None
+        tensors, _ = load_tensors(subject.path(name), mask_layout(reference), sha)
         photos.append(Photo(tensors["inpainted"].float() / 255, tensors["subject"].bool()))
     return photos
 
@@ -150,6 +153,12 @@ class P3S:
         """The frozen U-Net under this subject's control, conditioned on its first reference; as found on exit."""
         control_config, generate = config
         control = P3SControl(family.unet, family.vision.width, control_config)
+        try:
+            check_layout(layout_of(tensors), layout_of(control.state_dict()))
+        except ValueError as error:
+            raise InputError(
+                f"the control of {subject.root} does not fit this base ({error}); tune it again"
+            ) from error
         control.load_state_dict(tensors)
         control.to(family.device, family.dtype).eval().requires_grad_(False)
         photo = read_photos(subject)[0]

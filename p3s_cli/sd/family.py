@@ -21,6 +21,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
 from transformers import AutoModel, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from p3s_cli.atomic import sha256
@@ -116,7 +117,10 @@ class Family:
             raise InputError(
                 f"no vision tower is called {name!r}; use clip, {', '.join(_TOWERS)}, a folder or a hub id"
             )
-        return VisionTower(self._frozen(_fetch(AutoModel, where, None, use_safetensors=True)), *_statistics(where))
+        return VisionTower(
+            self._frozen(_fetch(AutoModel, where, None, use_safetensors=True, trust_remote_code=False)),
+            *_statistics(where),
+        )
 
     @cached_property
     def inpaint_unet(self) -> UNet2DConditionModel | None:
@@ -240,7 +244,7 @@ def _fetch(kind: Any, where: str, subfolder: str | None, **options: Any) -> Any:
         options["subfolder"] = subfolder
     try:
         return kind.from_pretrained(where, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if Path(where).exists():
             raise InputError(
                 f"{_name(where, subfolder)} cannot be read ({_first_line(error)}); restore the folder"

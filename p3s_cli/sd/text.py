@@ -14,7 +14,11 @@ PLACEHOLDER = "[V]"
 
 
 def identify(prompt: str, identifier: str) -> str:
-    """Put the subject's identifier where the prompt says [V]. Raises InputError where it says it nowhere."""
+    """Put the subject's identifier where the prompt says [V]. Raises InputError where it says it nowhere, or is no text."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt {prompt!a:.80} is not valid Unicode text; type it again") from error
     if PLACEHOLDER not in prompt:
         raise InputError(
             f'the prompt "{prompt}" has no [V]; write [V] before the class word, as in "a [V] dog on the beach"'

@@ -8,18 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from p3s_cli import config as settings
 from p3s_cli import pictures
 from p3s_cli.errors import InputError, P3SError
+from p3s_cli.lock import one_writer
 from p3s_cli.methods import base as methods
 from p3s_cli.methods import p3s as _p3s  # noqa: F401  (registers the method)
 from p3s_cli.sd import images, sample, text
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import Stage, Subject, digest
+from p3s_cli.stages.tuning import CONTROL
+from p3s_cli.subject import Stage, Subject, digest, hashes
 
 _BATCH = 4  # images sampled together
 
@@ -35,6 +38,7 @@ class GenerateResult:
     unchanged: bool
 
 
+@one_writer
 def generate(
     subject_dir: Path | str,
     prompt: str,
@@ -80,12 +84,12 @@ def generate(
     seeds = tuple(range(seed, seed + n))
     paths, grid = _paths(subject, record, seeds)
     missing = [s for s in seeds if force or images.read_metadata(paths[s]) != record | {"seed": s}]
-    for s, picture in _sample(family, subject, words, sampling, missing, report):
+    for s, picture in _sample(family, subject, words, sampling, seeds, missing, report):
         images.save_png(paths[s], images.to_pil(picture), record | {"seed": s})
     if missing or not grid.is_file():
         tiles = [(f"seed {s}", images.load_image(paths[s])) for s in seeds]
-        images.save_png(grid, pictures.sheet([(f"{steps} steps, guidance {sampling.guidance:g}", tiles)], prompt))
-        _record_generation(subject, record, paths, grid, seed)
+        sheet = pictures.sheet([(f"{steps} steps, guidance {sampling.guidance:g}", tiles)], prompt)
+        _record_generation(subject, record, paths, grid, sheet, seed)
     return GenerateResult(subject.root, prompt, seeds, tuple(paths.values()), grid, warnings, not missing)
 
 
@@ -103,18 +107,26 @@ def _sample(
     words: str,
     sampling: settings.GenerateConfig,
     seeds: Sequence[int],
+    missing: Sequence[int],
     report: Progress,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (seed, image (3, H, W)) as each batch is done; nothing is loaded if no seed is asked for."""
-    if not seeds:
+    """Yield (seed, image (3, H, W)) of the missing seeds as each batch is done; nothing is loaded if none is missing.
+
+    Batches are cut from all seeds, because in a batch of another size a kernel may round otherwise. Raises
+    P3SError in the end, naming the seeds, if images came out with numbers that are not finite.
+    """
+    if not missing:
         return
-    tensors, metadata = load_tensors(subject.path("control/control.safetensors"))
-    control = settings.ControlConfig(**metadata["config"]["control"])
+    tensors, metadata = load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
+    control = settings.read_control(metadata.get("config"))
+    failed: list[int] = []
     latent = (family.unet.config.out_channels, family.unet.config.sample_size, family.unet.config.sample_size)
     with methods.get("p3s").bind(family, subject, tensors, (control, sampling)) as generator:
         states, empty = generator.encode([words, ""]).split(1)
         for first in range(0, len(seeds), _BATCH):
             batch = seeds[first : first + _BATCH]
+            if not set(batch) & set(missing):
+                continue
 
             def on_step(step: int, total: int, first: int = first, batch: Sequence[int] = batch) -> None:
                 report(
@@ -129,20 +141,24 @@ def _sample(
             latents = sample.sample(
                 generator.eps, text_states, empty, scheduler, batch, latent, sampling.steps, *strengths, on_step
             )
-            yield from zip(batch, _finite(images.decode(family.vae, latents), batch), strict=True)
+            for s, picture in zip(batch, images.decode(family.vae, latents), strict=True):
+                if not torch.isfinite(picture).all():
+                    failed.append(s)
+                elif s in missing:
+                    yield s, picture
+    if failed:
+        raise P3SError(f"the images of seeds {failed} came out with numbers that are not finite; try --dtype float32")
 
 
-def _finite(decoded: Tensor, seeds: Sequence[int]) -> Tensor:
-    if not torch.isfinite(decoded).all():
-        raise P3SError(
-            f"the images of seeds {list(seeds)} came out with numbers that are not finite; try --dtype float32"
-        )
-    return decoded
-
-
-def _record_generation(subject: Subject, record: dict, paths: dict[int, Path], grid: Path, seed: int) -> None:
-    names = [str(p.relative_to(subject.root)) for p in (*paths.values(), grid)]
-    stage = Stage(inputs=digest(record), settings=record, seed=seed, artifacts=subject.record(*names))
-    others = [g for g in subject.manifest.generated if g.inputs != stage.inputs or g.seed != seed]
-    subject.manifest.generated = [*others, stage]
-    subject.save()
+def _record_generation(
+    subject: Subject, record: dict, paths: dict[int, Path], grid: Path, sheet: Image.Image, seed: int
+) -> None:
+    """The grid and the manifest's record appear together: where there is a grid, its images are recorded."""
+    names = [str(p.relative_to(subject.root)) for p in paths.values()]
+    grid_name = str(grid.relative_to(subject.root))
+    with subject.changing() as folder:
+        images.save_png(folder / grid_name, sheet)
+        artifacts = hashes(subject.root, *names) | hashes(folder, grid_name)
+        stage = Stage(inputs=digest(record), settings=record, seed=seed, artifacts=artifacts)
+        others = [g for g in subject.manifest.generated if g.inputs != stage.inputs or g.seed != seed]
+        subject.manifest.generated = [*others, stage]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,24 +10,32 @@ import torch
 
 from p3s_cli import config as settings
 from p3s_cli.errors import P3SError
+from p3s_cli.lock import one_writer
 from p3s_cli.methods import base as methods
 from p3s_cli.methods import p3s as _p3s  # noqa: F401  (registers the method)
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import save_tensors
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import Stage, Subject, digest
+from p3s_cli.subject import Stage, Subject, digest, hashes
+
+CONTROL = "control/control.safetensors"
+_CHECKPOINT = "control/.checkpoint-"
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
+    """`loss` is the mean over the last 50 steps; `skipped` counts steps that were not finite and changed nothing."""
+
     subject: Path
     steps: int
     loss: float
+    skipped: int
     control: Path
     unchanged: bool
 
 
+@one_writer
 def finetune(
     subject_dir: Path | str,
     steps: int | None = None,
@@ -58,25 +67,38 @@ def finetune(
     )
     options = {"config": settings.as_settings(config), "base_fingerprint": base, "base": family.source}
     inputs = subject.finetune_inputs(base)
-    done, name = subject.manifest.finetune, "control/control.safetensors"
+    done = subject.manifest.finetune
     if done and not force and done.inputs == inputs and done.settings == options and subject.intact(done):
-        return FinetuneResult(subject.root, config.steps, done.result["loss"], subject.path(name), True)
-    recent: list[float] = []
+        _remove_checkpoints(subject)
+        return _result(subject, config.steps, done, True)
+    numbers: dict[str, float] = {}
 
-    def on_step(step: int, total: int, numbers: dict[str, float]) -> None:
-        recent[:] = [*recent[-49:], numbers["denoising"]]
-        report(f"tuning, loss {sum(recent) / len(recent):.4f}", step, total)
+    def on_step(step: int, total: int, means: dict[str, float]) -> None:
+        numbers.update(means)
+        report(f"tuning, loss {numbers.get('denoising', 0):.4f}", step, total)
 
     # the checkpoint's name is what the run depends on, so a run with other settings never resumes from it
-    checkpoint = Checkpoint(subject.path(f"control/.{digest(inputs, options)[:16]}.safetensors"))
+    checkpoint = Checkpoint(subject.path(f"{_CHECKPOINT}{digest(inputs, options)[:16]}"))
+    checkpoint.path.mkdir(parents=True, exist_ok=True)
     tensors = methods.get("p3s").fit(family, subject, config, on_step, checkpoint)
-    if not all(torch.isfinite(t).all() for t in tensors.values()):
+    halves = {k: t.half() for k, t in tensors.items()}
+    if not all(torch.isfinite(t).all() for t in halves.values()):
         raise P3SError("the tuned control holds numbers that are not finite and was not saved; lower --lr")
-    save_tensors(subject.path(name), {k: t.half() for k, t in tensors.items()}, {"method": "p3s", **options})
-    loss = sum(recent) / max(1, len(recent))
-    subject.manifest.finetune = Stage(
-        inputs=inputs, settings=options, seed=seed, artifacts=subject.record(name), result={"loss": loss}
-    )
-    subject.save()
-    checkpoint.path.unlink(missing_ok=True)
-    return FinetuneResult(subject.root, config.steps, loss, subject.path(name), False)
+    result = {"loss": numbers.get("denoising", 0.0), "skipped": int(numbers["skipped"])}
+    with subject.changing() as folder:
+        save_tensors(folder / CONTROL, halves, {"method": "p3s", **options})
+        subject.manifest.finetune = Stage(
+            inputs=inputs, settings=options, seed=seed, artifacts=hashes(folder, CONTROL), result=result
+        )
+    _remove_checkpoints(subject)
+    return _result(subject, config.steps, subject.manifest.finetune, False)
+
+
+def _remove_checkpoints(subject: Subject) -> None:
+    for folder in subject.root.glob(f"{_CHECKPOINT}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _result(subject: Subject, steps: int, stage: Stage, unchanged: bool) -> FinetuneResult:
+    made = stage.result
+    return FinetuneResult(subject.root, steps, made["loss"], made.get("skipped", 0), subject.path(CONTROL), unchanged)

@@ -122,6 +122,11 @@ class Workshop:
     def autocast(self):
         return torch.autocast(self.device.split(":")[0], torch.bfloat16)
 
+    def _checkpoint(self, stage: str) -> Checkpoint:
+        folder = self.work / "checkpoints" / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        return Checkpoint(folder, 90)
+
     def fit(self, stage: str, module: nn.Module, loss: Callable, weight_decay: float, ema: float) -> None:
         """Train all of `module`, leaving the weights to keep in it."""
         steps = self.steps or STEPS[stage]
@@ -157,7 +162,7 @@ class Workshop:
             loss,
             recipe,
             on_step,
-            Checkpoint(self.work / f"{stage}.safetensors", 90),
+            self._checkpoint(stage),
             self.until,
         )
         with torch.no_grad():
