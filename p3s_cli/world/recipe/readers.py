@@ -36,9 +36,9 @@ def stage_labels(shop: Workshop) -> None:
         wanted = torch.cat((truth[plain], truth[passed])).to(shop.device)
         return F.binary_cross_entropy_with_logits(logits, wanted), {}
 
-    # batch norm's statistics belong to the last weights, so no running average of them is kept
     shop.fit("labels", reader, loss, weight_decay=0.01, ema=0.0)
-    reader.eval().save_pretrained(shop.family / "readers/labels")
+    _settle(shop, reader, torch.cat((shop.pool.images[:_DECODED], decoded)))
+    reader.save_pretrained(shop.family / "readers/labels")
 
 
 def stage_identity(shop: Workshop) -> None:
@@ -61,7 +61,21 @@ def stage_identity(shop: Workshop) -> None:
         return F.cross_entropy(similar, target), {"found": (similar.argmax(1) == target).float().mean().item()}
 
     shop.fit("identity", encoder, loss, weight_decay=0.01, ema=0.0)
-    encoder.eval().save_pretrained(shop.family / "readers/identity")
+    _settle(shop, encoder, portraits.flatten(0, 1))
+    encoder.save_pretrained(shop.family / "readers/identity")
+
+
+@torch.no_grad()
+def _settle(shop: Workshop, model: torch.nn.Module, images: Tensor) -> None:
+    """Batch norm's statistics for the final weights, over a fixed 4,096 images; a checkpoint does not hold any."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over what follows
+    generator = torch.Generator().manual_seed(shop.seed)
+    for batch in images[torch.randperm(len(images), generator=generator)[:4096]].split(128):
+        model(_jitter(batch, generator))
+    model.eval()
 
 
 def _portraits(shop: Workshop) -> Tensor:
