@@ -22,7 +22,7 @@ ALLOWED = {
     "stages": {"methods", "paper", "pictures", "sd", "segment", "subject"},
     "world": {"sd"},
     "demo": {"stages", "world", "evals", "pictures", "sd"},
-    "cli": {"stages", "demo"},
+    "cli": {"stages", "demo", "methods"},  # of methods only the names
 }
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class Profile:
     finetune: dict[str, float]
     guidance: float
     nouns: tuple[str, ...]
+    # settings by method, where this family needs others than a method's published ones
+    methods: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, **overrides: Any) -> Profile:

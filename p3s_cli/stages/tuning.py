@@ -1,16 +1,15 @@
-"""Stage two: the masked references -> this subject's control (P3S eq. 4-9, 11-15)."""
+"""Stage two: the masked references -> what a method learns of them; for P3S, this subject's control."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from p3s_cli import config as settings
+from p3s_cli import methods
 from p3s_cli.errors import P3SError
-from p3s_cli.methods import base as methods
-from p3s_cli.methods import p3s as _p3s  # noqa: F401  (registers the method)
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import save_tensors
@@ -25,10 +24,12 @@ class FinetuneResult:
     loss: float
     control: Path
     unchanged: bool
+    method: str
 
 
 def finetune(
     subject_dir: Path | str,
+    method: str = "p3s",
     steps: int | None = None,
     lr: float | None = None,
     preset: str = "default",
@@ -41,26 +42,26 @@ def finetune(
     control: settings.ControlConfig | None = None,
     on_progress: Progress | None = None,
 ) -> FinetuneResult:
-    """Train this subject's control on its masked references (P3S eq. 4-9, 11-15).
+    """Teach a method this subject; for P3S, train its control on the masked references (P3S eq. 4-9, 11-15).
 
-    Steps and learning rate default to the family's; `control` overrides the preset's settings one by
-    one. An interrupted run goes on from its last checkpoint. Raises InputError if masks are missing or stale.
+    Steps and learning rate default to the method's on this family; `preset` and `control`, which overrides
+    its settings one by one, are P3S's alone. An interrupted run goes on from its last checkpoint. Raises
+    InputError for an unknown method and if masks are missing or stale.
     """
-    report = on_progress or silent
+    report, teacher = on_progress or silent, methods.get(method)
     subject = Subject.open(Path(subject_dir))
     subject.check_masks()
     report("loading the models", 0, 1)
     family = family or load(model or subject.manifest.model, device, dtype)
     base = family.fingerprint()
     config = settings.FinetuneConfig(control=control or settings.preset(preset)[1], steps=steps, lr=lr, seed=seed)
-    config = replace(
-        config, steps=steps or int(family.profile.finetune["steps"]), lr=lr or family.profile.finetune["lr"]
-    )
-    options = {"config": settings.as_settings(config), "base_fingerprint": base, "base": family.source}
+    recipe = teacher.recipe(family.profile, config)
+    options = {"method": method, "config": settings.as_settings(recipe)}
+    options |= {"base_fingerprint": base, "base": family.source}
     inputs = subject.finetune_inputs(base)
     done, name = subject.manifest.finetune, "control/control.safetensors"
     if done and not force and done.inputs == inputs and done.settings == options and subject.intact(done):
-        return FinetuneResult(subject.root, config.steps, done.result["loss"], subject.path(name), True)
+        return FinetuneResult(subject.root, recipe.steps, done.result["loss"], subject.path(name), True, method)
     recent: list[float] = []
 
     def on_step(step: int, total: int, numbers: dict[str, float]) -> None:
@@ -69,14 +70,14 @@ def finetune(
 
     # the checkpoint's name is what the run depends on, so a run with other settings never resumes from it
     checkpoint = Checkpoint(subject.path(f"control/.{digest(inputs, options)[:16]}.safetensors"))
-    tensors = methods.get("p3s").fit(family, subject, config, on_step, checkpoint)
+    tensors = teacher.fit(family, subject, config, on_step, checkpoint)
     if not all(torch.isfinite(t).all() for t in tensors.values()):
         raise P3SError("the tuned control holds numbers that are not finite and was not saved; lower --lr")
-    save_tensors(subject.path(name), {k: t.half() for k, t in tensors.items()}, {"method": "p3s", **options})
+    save_tensors(subject.path(name), {k: t.half() for k, t in tensors.items()}, options)
     loss = sum(recent) / max(1, len(recent))
     subject.manifest.finetune = Stage(
         inputs=inputs, settings=options, seed=seed, artifacts=subject.record(name), result={"loss": loss}
     )
     subject.save()
     checkpoint.path.unlink(missing_ok=True)
-    return FinetuneResult(subject.root, config.steps, loss, subject.path(name), False)
+    return FinetuneResult(subject.root, recipe.steps, loss, subject.path(name), False, method)
