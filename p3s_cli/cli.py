@@ -15,6 +15,7 @@ import typer
 
 from p3s_cli import __version__, signals
 from p3s_cli.errors import P3SError
+from p3s_cli.methods import NAMES
 
 app = typer.Typer(
     name="p3s",
@@ -160,9 +161,10 @@ def _show_mask(result: Any) -> list[str]:
 @app.command()
 def finetune(
     subject_dir: SubjectDir,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default the family's.")] = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate; default the family's.")] = None,
-    preset: Annotated[str, typer.Option(help="default, or paper for the literal recipe.")] = "default",
+    method: Annotated[str, typer.Option(help=f"{', '.join(NAMES[:-1])} or {NAMES[-1]}.")] = "p3s",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default the method's.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate; default the method's.")] = None,
+    preset: Annotated[str, typer.Option(help="P3S: default, or paper for the literal recipe.")] = "default",
     seed: Seed = 0,
     model: OtherModel = None,
     device: Device = "auto",
@@ -186,6 +188,7 @@ def finetune(
         as_json,
         show,
         subject_dir=subject_dir,
+        method=method,
         steps=steps,
         lr=lr,
         preset=preset,
@@ -214,7 +217,7 @@ def generate(
     ] = 1.0,
     scheduler: Annotated[str, typer.Option(help="ddim, ddpm, dpm++, unipc, euler, euler_a, heun or pndm.")] = "ddim",
     schedule: Annotated[
-        str, typer.Option(help="Weight over time: quadratic, fixed, increasing, decreasing or off.")
+        str, typer.Option(help="P3S: weight over time, quadratic, fixed, increasing, decreasing or off.")
     ] = "quadratic",
     strength: Annotated[float, typer.Option(min=0, help="Multiplies the weight of the subject.")] = 1.0,
     model: OtherModel = None,

@@ -8,6 +8,7 @@ method (image size, learning rate, feature layer), are in that family's `p3s.jso
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -130,7 +131,11 @@ def read_control(tuned: Any) -> ControlConfig:
     """The control's part of finetune settings out of an artifact. Raises InputError for what no p3s wrote."""
     names = {f.name for f in fields(ControlConfig)}
     try:
-        if not isinstance(tuned, dict) or not isinstance(tuned.get("control"), dict) or tuned["control"].keys() - names:
+        if (
+            not isinstance(tuned, Mapping)
+            or not isinstance(tuned.get("control"), dict)
+            or tuned["control"].keys() - names
+        ):
             raise ValueError("other settings than a control has")
         return TypeAdapter(ControlConfig).validate_python(tuned["control"])
     except ValueError as error:

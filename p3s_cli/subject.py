@@ -152,8 +152,15 @@ class Subject:
             raise InputError(f"the control of {self.root} is missing or damaged; run: {command} --force")
 
     @property
+    def method(self) -> str:
+        """What the subject is tuned with; P3S before it is."""
+        stage = self.manifest.finetune
+        return stage.settings.get("method", "p3s") if stage else "p3s"
+
+    @property
     def _finetune_command(self) -> str:
-        return f"p3s finetune {shlex.quote(str(self.root))}"
+        other = "" if self.method == "p3s" else f" --method {shlex.quote(self.method)}"
+        return f"p3s finetune {shlex.quote(str(self.root))}{other}"
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -24,7 +24,7 @@ ALLOWED = {
     "world": {"sd"},
     "benches": {"stages", "world", "evals", "methods", "sd", "segment", "subject"},
     "demo": {"stages", "world", "evals", "pictures", "sd"},
-    "cli": {"stages", "benches", "demo"},
+    "cli": {"stages", "benches", "demo", "methods"},  # of methods only the names
 }
 
 

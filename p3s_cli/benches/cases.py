@@ -11,9 +11,9 @@ from torch import Tensor
 
 from p3s_cli.errors import InputError
 from p3s_cli.evals.scoring import Truth
+from p3s_cli.methods.photos import mask_tensors
 from p3s_cli.methods.views import close_view, look
 from p3s_cli.sd import images
-from p3s_cli.sd.weights import load_tensors
 from p3s_cli.subject import Subject
 
 _PORTRAIT = 256  # pixels
@@ -59,7 +59,7 @@ def subject_case(directory: Path, prompts: Sequence[str]) -> Case:
             raise InputError(f'the prompt "{text}" has no [V] in it; put [V] before the class word')
     real, masked, other = [], [], []
     for reference in subject.manifest.references:
-        tensors, _ = load_tensors(subject.path(f"{reference.folder}/mask.safetensors"))
+        tensors = mask_tensors(subject, reference)
         photo = images.to_tensor(images.load_image(subject.path(f"{reference.folder}/photo.png")))
         chosen, negative = tensors["subject"].bool(), tensors["negative"].bool()
         real.append(_portrait(tensors["inpainted"].float() / 255, chosen))

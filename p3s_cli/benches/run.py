@@ -20,8 +20,10 @@ from p3s_cli import stages
 from p3s_cli.atomic import replacing, sha256
 from p3s_cli.benches.cases import Case
 from p3s_cli.benches.entries import Entry
+from p3s_cli.errors import InputError
 from p3s_cli.evals.scores import Mean, Rows, table
 from p3s_cli.evals.scoring import Judge, Result
+from p3s_cli.methods import pace
 from p3s_cli.sd.family import Family
 from p3s_cli.subject import Subject
 
@@ -112,11 +114,12 @@ class Run:
             return None
         budget = self._clock.mean(f"tune/{Entry('p3s').tuning}")
         if budget is None:
-            return None
-        key = f"step/{entry.method}"
-        if self._clock.mean(key) is None:
-            self._clock.add(key, "measured", stages.seconds_per_step(directory, entry.method, family=self.family))
-        return max(1, round(budget / (self._clock.mean(key) or budget)))
+            raise InputError("equal time is P3S's own, which this run has not measured; let p3s take part, first")
+        known = self._clock.mean(f"steps/{entry.tuning}")
+        if known is None:
+            known = pace.measure(entry.method, self.family, Subject.open(directory)).steps(budget)
+            self._clock.add(f"steps/{entry.tuning}", "measured", known)
+        return int(known)
 
 
 def _copy_masked(source: Path, target: Path) -> None:

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig
+from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, read_control
 from p3s_cli.errors import InputError
 from p3s_cli.methods.base import Generator, register
+from p3s_cli.methods.denoising import diffuse, noise_schedule
+from p3s_cli.methods.photos import Photo, read_photos
 from p3s_cli.methods.views import View, base_view, look, random_view
 from p3s_cli.paper.losses import denoising_loss, total_loss
 from p3s_cli.paper.model import P3SControl, connected, controlled_noise
 from p3s_cli.paper.schedule import injection_weight
 from p3s_cli.sd import images, text
-from p3s_cli.sd.family import Family
+from p3s_cli.sd.family import Family, Profile
 from p3s_cli.sd.train import Checkpoint, OnStep, Recipe, train
-from p3s_cli.sd.weights import check_layout, layout_of, load_tensors
-from p3s_cli.subject import Subject, mask_layout
+from p3s_cli.sd.weights import check_layout, layout_of
+from p3s_cli.subject import Subject
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a {}")
 _VIEWS = 24  # augmented views encoded once for each reference
-
-
-@dataclass(frozen=True)
-class Photo:
-    """An inpainted reference: pixels (3, H, W) in [0, 1] and the subject's mask (H, W) bool."""
-
-    pixels: Tensor
-    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,17 +42,6 @@ class Condition:
 
     def repeat(self, n: int) -> Condition:
         return Condition(self.latent.expand(n, -1, -1, -1), self.vision.expand(n, -1, -1))
-
-
-def read_photos(subject: Subject) -> list[Photo]:
-    """The inpainted references with their masks, as `p3s mask` left them."""
-    photos = []
-    for reference in subject.manifest.references:
-        name = f"{reference.folder}/mask.safetensors"
-        sha = reference.mask.artifacts.get(name) if reference.mask else None
-        tensors, _ = load_tensors(subject.path(name), mask_layout(reference), sha)
-        photos.append(Photo(tensors["inpainted"].float() / 255, tensors["subject"].bool()))
-    return photos
 
 
 def condition(family: Family, photos: list[Photo], views: list[View], config: ControlConfig) -> Condition:
@@ -117,6 +101,17 @@ class P3S:
     """Contract: `p3s_cli.methods.base.Method`."""
 
     name = "p3s"
+    given: Literal["points"] = "points"
+
+    def recipe(self, profile: Profile, config: FinetuneConfig) -> FinetuneConfig:
+        """Steps, rate and batch left open are the family's."""
+        recommended = profile.finetune
+        return replace(
+            config,
+            steps=config.steps or int(recommended["steps"]),
+            lr=config.lr or recommended["lr"],
+            batch=config.batch or int(recommended["batch"]),
+        )
 
     def fit(
         self,
@@ -126,15 +121,11 @@ class P3S:
         on_step: OnStep | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> dict[str, Tensor]:
-        """Train a control on the subject's references (P3S eq. 15). Returns its tensors, float32.
-
-        The frozen models are not changed. Steps, rate and batch left open in `config` are the family's.
-        """
-        recommended = family.profile.finetune
-        batch = config.batch or int(recommended["batch"])
+        """Train a control on the subject's references (P3S eq. 15). Returns its tensors, float32."""
+        config = self.recipe(family.profile, config)
         recipe = Recipe(
-            steps=config.steps or int(recommended["steps"]),
-            lr=config.lr or recommended["lr"],
+            steps=config.steps,
+            lr=config.lr,
             weight_decay=0.01,
             seed=config.seed,
             lr_scale=(("gates", config.control.gate_lr_scale),),
@@ -142,16 +133,21 @@ class P3S:
         torch.manual_seed(config.seed)
         control = P3SControl(family.unet, family.vision.width, config.control).to(family.device)
         bank = _Bank.build(family, read_photos(subject), config.control, config.seed)
-        loss = _Loss(family, subject, control, bank, config.control, batch)
+        loss = _Loss(family, subject, control, bank, config.control, config.batch)
         with connected(family.unet, control):
             return train(dict(control.named_parameters()), loss, recipe, on_step, checkpoint)
 
     @contextlib.contextmanager
     def bind(
-        self, family: Family, subject: Subject, tensors: dict[str, Tensor], config: tuple[ControlConfig, GenerateConfig]
+        self,
+        family: Family,
+        subject: Subject,
+        tensors: Mapping[str, Tensor],
+        recipe: Mapping[str, Any],
+        sampling: GenerateConfig,
     ) -> Iterator[Generator]:
         """The frozen U-Net under this subject's control, conditioned on its first reference; as found on exit."""
-        control_config, generate = config
+        control_config = read_control(recipe)
         control = P3SControl(family.unet, family.vision.width, control_config)
         try:
             check_layout(layout_of(tensors), layout_of(control.state_dict()))
@@ -166,7 +162,7 @@ class P3S:
         seen = Condition(seen.latent.to(family.dtype), seen.vision.to(family.dtype))
 
         def eps(x_t: Tensor, t: Tensor, states: Tensor, with_subject: bool) -> Tensor:
-            weight = generate.strength * injection_weight(float(t[0]), generate.schedule)
+            weight = sampling.strength * injection_weight(float(t[0]), sampling.schedule)
             x_t = x_t.to(family.dtype)
             if not with_subject or weight == 0:
                 return controlled_noise(family.unet, x_t, t, states, None).float()
@@ -188,7 +184,7 @@ class _Loss:
     ):
         self.unet, self.control, self.bank, self.config, self.batch = family.unet, control, bank, config, batch
         self.device, self.dtype = family.device, family.dtype
-        self.noise_schedule = _alphas(family).to(family.device)
+        self.noise_schedule = noise_schedule(family)
         name = f"{subject.manifest.identifier} {subject.manifest.class_word}"
         prompts = [f"{t.format(name)} {c}".strip() for t in TEMPLATES for c in config.contexts]
         self.text = text.encode(family.tokenizer, family.text_encoder, [*prompts, ""])
@@ -196,14 +192,12 @@ class _Loss:
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         config, n = self.config, self.batch
         x0, inside, seen = self.bank.draw(n, config, generator)
-        t = torch.randint(len(self.noise_schedule), (n,), generator=generator).to(self.device)
-        noise = torch.randn(x0.shape, generator=generator).to(self.device)
+        x_t, t, noise = diffuse(x0, self.noise_schedule, generator)
+        x_t = x_t.to(self.dtype)
         template = torch.randint(len(self.text) - 1, (n,), generator=generator)
         no_text = torch.rand(n, generator=generator) < config.drop_text
         active = (torch.rand(n, generator=generator) >= config.drop_injection).to(self.device)
         states = self.text[torch.where(no_text, len(self.text) - 1, template)]
-        alpha = self.noise_schedule[t].view(-1, 1, 1, 1)
-        x_t = (alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise).to(self.dtype)
         ones = torch.ones(n, device=self.device)
         maps = config.attention_loss != "off"
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
@@ -215,13 +209,6 @@ class _Loss:
             denoising, copy_maps, injection.maps, config.gamma, config.attention_loss, config.attention_gradient
         )
         return value, {"denoising": denoising.item(), "consistency": consistency.item()}
-
-
-def _alphas(family: Family) -> Tensor:
-    """The family's cumulative alphas (T,)."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(family.scheduler_config).alphas_cumprod
 
 
 register(P3S())

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ class Profile:
     nouns: tuple[str, ...]
     protocol: str  # how `p3s eval` scores where nothing else is asked for
     prompts: tuple[str, ...]  # what `p3s eval` draws of a subject: [V] stands for it, {} for its class word
+    # settings by method, where this family needs others than a method's published ones
+    methods: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, **overrides: Any) -> Profile:

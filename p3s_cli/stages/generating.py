@@ -12,11 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from p3s_cli import config as settings
-from p3s_cli import pictures
+from p3s_cli import methods, pictures
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
-from p3s_cli.methods import base as methods
-from p3s_cli.methods import p3s as _p3s  # noqa: F401  (registers the method)
 from p3s_cli.sd import images, sample, text
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.weights import load_tensors
@@ -59,6 +57,7 @@ def generate(
 ) -> GenerateResult:
     """Images of the tuned subject for a prompt with [V] in it; image k has seed `seed + k`, whatever n is.
 
+    They are made by the method that the subject was tuned with; `schedule` is P3S's alone.
     `guidance` is the text's strength, `subject_guidance` the subject's. Raises InputError before the
     subject is tuned, after it has changed, for a prompt without [V], and for unknown names.
     """
@@ -72,6 +71,7 @@ def generate(
     sample.check_scheduler(scheduler)
     subject.check_masks()
     tuned = subject.tuned()
+    methods.get(subject.method)
     report("loading the models", 0, 1)
     family = family or load(model or tuned.settings["base"], device, dtype)
     subject.check_control(family.fingerprint())
@@ -118,10 +118,10 @@ def _sample(
     if not missing:
         return
     tensors, metadata = load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
-    control = settings.read_control(metadata.get("config"))
     failed: list[int] = []
     latent = (family.unet.config.out_channels, family.unet.config.sample_size, family.unet.config.sample_size)
-    with methods.get("p3s").bind(family, subject, tensors, (control, sampling)) as generator:
+    method = methods.get(metadata["method"])
+    with method.bind(family, subject, tensors, metadata["config"], sampling) as generator:
         states, empty = generator.encode([words, ""]).split(1)
         for first in range(0, len(seeds), _BATCH):
             batch = seeds[first : first + _BATCH]

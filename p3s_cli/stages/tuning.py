@@ -1,18 +1,17 @@
-"""Stage two: the masked references -> this subject's control (P3S eq. 4-9, 11-15)."""
+"""Stage two: the masked references -> what a method learns of them; for P3S, this subject's control."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from p3s_cli import config as settings
+from p3s_cli import methods
 from p3s_cli.errors import P3SError
 from p3s_cli.lock import one_writer
-from p3s_cli.methods import base as methods
-from p3s_cli.methods import p3s as _p3s  # noqa: F401  (registers the method)
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import save_tensors
@@ -33,11 +32,13 @@ class FinetuneResult:
     skipped: int
     control: Path
     unchanged: bool
+    method: str
 
 
 @one_writer
 def finetune(
     subject_dir: Path | str,
+    method: str = "p3s",
     steps: int | None = None,
     lr: float | None = None,
     preset: str = "default",
@@ -50,27 +51,27 @@ def finetune(
     control: settings.ControlConfig | None = None,
     on_progress: Progress | None = None,
 ) -> FinetuneResult:
-    """Train this subject's control on its masked references (P3S eq. 4-9, 11-15).
+    """Teach a method this subject; for P3S, train its control on the masked references (P3S eq. 4-9, 11-15).
 
-    Steps and learning rate default to the family's; `control` overrides the preset's settings one by
-    one. An interrupted run goes on from its last checkpoint. Raises InputError if masks are missing or stale.
+    Steps and learning rate default to the method's on this family; `preset` and `control`, which overrides
+    its settings one by one, are P3S's alone. An interrupted run goes on from its last checkpoint. Raises
+    InputError for an unknown method and if masks are missing or stale.
     """
-    report = on_progress or silent
+    report, teacher = on_progress or silent, methods.get(method)
     subject = Subject.open(Path(subject_dir))
     subject.check_masks()
     report("loading the models", 0, 1)
     family = family or load(model or subject.manifest.model, device, dtype)
     base = family.fingerprint()
     config = settings.FinetuneConfig(control=control or settings.preset(preset)[1], steps=steps, lr=lr, seed=seed)
-    config = replace(
-        config, steps=steps or int(family.profile.finetune["steps"]), lr=lr or family.profile.finetune["lr"]
-    )
-    options = {"config": settings.as_settings(config), "base_fingerprint": base, "base": family.source}
+    recipe = teacher.recipe(family.profile, config)
+    options = {"method": method, "config": settings.as_settings(recipe)}
+    options |= {"base_fingerprint": base, "base": family.source}
     inputs = subject.finetune_inputs(base)
     done = subject.manifest.finetune
     if done and not force and done.inputs == inputs and done.settings == options and subject.intact(done):
         _remove_checkpoints(subject)
-        return _result(subject, config.steps, done, True)
+        return _result(subject, recipe.steps, done, True)
     numbers: dict[str, float] = {}
 
     def on_step(step: int, total: int, means: dict[str, float]) -> None:
@@ -80,18 +81,18 @@ def finetune(
     # the checkpoint's name is what the run depends on, so a run with other settings never resumes from it
     checkpoint = Checkpoint(subject.path(f"{_CHECKPOINT}{digest(inputs, options)[:16]}"))
     checkpoint.path.mkdir(parents=True, exist_ok=True)
-    tensors = methods.get("p3s").fit(family, subject, config, on_step, checkpoint)
+    tensors = teacher.fit(family, subject, config, on_step, checkpoint)
     halves = {k: t.half() for k, t in tensors.items()}
     if not all(torch.isfinite(t).all() for t in halves.values()):
         raise P3SError("the tuned control holds numbers that are not finite and was not saved; lower --lr")
-    result = {"loss": numbers.get("denoising", 0.0), "skipped": int(numbers["skipped"])}
+    result = {"loss": numbers.get("denoising", 0.0), "skipped": int(numbers.get("skipped", 0))}
     with subject.changing() as folder:
-        save_tensors(folder / CONTROL, halves, {"method": "p3s", **options})
+        save_tensors(folder / CONTROL, halves, options)
         subject.manifest.finetune = Stage(
             inputs=inputs, settings=options, seed=seed, artifacts=hashes(folder, CONTROL), result=result
         )
     _remove_checkpoints(subject)
-    return _result(subject, config.steps, subject.manifest.finetune, False)
+    return _result(subject, recipe.steps, subject.manifest.finetune, False)
 
 
 def _remove_checkpoints(subject: Subject) -> None:
@@ -100,5 +101,6 @@ def _remove_checkpoints(subject: Subject) -> None:
 
 
 def _result(subject: Subject, steps: int, stage: Stage, unchanged: bool) -> FinetuneResult:
-    made = stage.result
-    return FinetuneResult(subject.root, steps, made["loss"], made.get("skipped", 0), subject.path(CONTROL), unchanged)
+    made, control = stage.result, subject.path(CONTROL)
+    method = stage.settings.get("method", "p3s")
+    return FinetuneResult(subject.root, steps, made["loss"], made.get("skipped", 0), control, unchanged, method)
