@@ -1,6 +1,7 @@
 """A run makes what is missing and nothing twice, and its numbers are the same however often it was interrupted."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ PROMPTS = ("a [V] {} on the beach", "a [V] {} in the snow")
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory) -> Path:
-    """Random weights everywhere, the readers too: what is tested is who is compared with whom, and how often."""
+def family(tmp_path_factory, world) -> Path:
+    """Random weights but for CLIP's, the readers too: what is tested is who is compared with whom, and how often."""
     folder = tiny.build(tmp_path_factory.mktemp("family"))
+    shutil.copytree(world.folder / "clip", folder / "clip", dirs_exist_ok=True)  # the protocol asks for 128 pixels
     torch.manual_seed(0)
     build_label_reader().save_pretrained(folder / "readers/labels")
     build_identity_encoder().save_pretrained(folder / "readers/identity")
