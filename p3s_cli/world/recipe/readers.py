@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from p3s_cli.world.readers import LABELS, build_identity_encoder, build_label_reader, true_labels
+from p3s_cli.world.readers import GROUPS, LABELS, build_identity_encoder, build_label_reader, true_labels
 from p3s_cli.world.recipe.workshop import BATCH, Workshop
 from p3s_cli.world.render import render
 from p3s_cli.world.scenes import ACCESSORIES, CATEGORIES, Scene, sample_instance, solo
@@ -20,24 +20,29 @@ _TEMPERATURE = 0.1
 
 
 def stage_labels(shop: Workshop) -> None:
-    """Binary cross-entropy on every label of a scene of one to three subjects."""
+    """In each group, cross-entropy with all that is true of a scene of one or two subjects, in equal shares."""
     torch.manual_seed(shop.seed)
     reader = build_label_reader().to(shop.device, memory_format=torch.channels_last).train()
     truth = torch.tensor([[float(x in true_labels(s)) for x in LABELS] for s in shop.pool.scenes])
-    decoded = _decode(shop, shop.pool.images[:_DECODED])
+    few = torch.tensor([i for i, s in enumerate(shop.pool.scenes) if len(s.subjects) < 3])
+    again = few[few < _DECODED]
+    decoded = _decode(shop, shop.pool.images[again])
+    groups = [len(values) for values in GROUPS.values()]
 
     def loss(step: int, generator: torch.Generator):
         half = BATCH["labels"] // 2
-        plain = shop.pool.draw(half, generator)
-        passed = torch.randint(len(decoded), (half,), generator=generator)
+        plain = few[torch.randint(len(few), (half,), generator=generator)]
+        passed = torch.randint(len(again), (half,), generator=generator)
         pixels = torch.cat((shop.pool.images[plain], decoded[passed]))
         with shop.autocast():
             logits = reader(_jitter(pixels, generator)).logits.float()
-        wanted = torch.cat((truth[plain], truth[passed])).to(shop.device)
-        return F.binary_cross_entropy_with_logits(logits, wanted), {}
+        wanted = torch.cat((truth[plain], truth[again[passed]])).to(shop.device)
+        pairs = zip(logits.split(groups, dim=1), wanted.split(groups, dim=1), strict=True)
+        losses = [F.cross_entropy(guess, true / true.sum(1, keepdim=True)) for guess, true in pairs]
+        return torch.stack(losses).sum(), {name: x.item() for name, x in zip(GROUPS, losses, strict=True)}
 
     shop.fit("labels", reader, loss, weight_decay=0.01, ema=0.0)
-    _settle(shop, reader, torch.cat((shop.pool.images[:_DECODED], decoded)))
+    _settle(shop, reader, torch.cat((shop.pool.images[again], decoded)))
     reader.save_pretrained(shop.family / "readers/labels")
 
 

@@ -25,7 +25,7 @@ STEPS = {
     "vision_long": 1_800,
     "unet": 4_800,
     "unet_long": 6_000,
-    "labels": 1_600,
+    "labels": 3_000,
     "identity": 1_200,
 }
 BATCH = {
@@ -45,7 +45,7 @@ LEARNING_RATE = {
     "vision_long": 7e-4,
     "unet": 5e-4,
     "unet_long": 5e-4,
-    "labels": 2e-3,
+    "labels": 3e-3,
     "identity": 2e-3,
 }
 SCENES = 32_000
