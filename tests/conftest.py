@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network
 
 import pytest
+import tiny
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -85,3 +86,15 @@ def photo_data() -> Path:
     if not (folder / "selective_dev/manifest.json").is_file():
         pytest.skip("no real photos here; name their folder in P3S_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """The folder of `tiny.build`'s family, to be copied before it is changed."""
+    return tiny.build(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tiny_folder) -> Family:
+    """A family whose stages take a fraction of a second and whose images are noise."""
+    return load(str(tiny_folder), device="cpu")

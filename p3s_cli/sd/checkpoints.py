@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from p3s_cli.atomic import new_folder, replacing
-from p3s_cli.errors import InputError
+from p3s_cli.errors import InputError, P3SError
 from p3s_cli.sd.weights import load_tensors, save_tensors
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -25,8 +25,10 @@ _STATE, _MANIFEST = "state.safetensors", "manifest.json"
 def commit(folder: Path, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
     """Keep the state after `step` steps: written aside, flushed, renamed; only then are older ones removed.
 
-    Raises P3SError when it cannot be written; the older ones are still there then.
+    Raises P3SError when it cannot be written, or its folder was removed; the older ones are still there then.
     """
+    if not folder.is_dir():
+        raise P3SError(f"{folder} was removed while the run was on; nothing was saved")
     path = folder / f"step-{step:08d}"
     if not path.exists():  # a run is deterministic: the same step is the same state
         with new_folder(path) as temporary:

@@ -85,8 +85,10 @@ def train(
     """
     run = _Run(parameters, recipe)
     tell = on_step or (lambda step, total, numbers: None)
-    if checkpoint and run.restore(checkpoint.path):
-        tell(run.step, recipe.steps, run.numbers())
+    if checkpoint:
+        checkpoint.path.mkdir(parents=True, exist_ok=True)
+        if run.restore(checkpoint.path):
+            tell(run.step, recipe.steps, run.numbers())
     saved, end = time.monotonic(), min(recipe.steps, until if until is not None else recipe.steps)
     with signals.deferred() as asked_to_stop:
         while run.step < end and not asked_to_stop():

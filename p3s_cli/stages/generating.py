@@ -13,6 +13,7 @@ from torch import Tensor
 
 from p3s_cli import config as settings
 from p3s_cli import methods, pictures
+from p3s_cli.atomic import sha256
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
 from p3s_cli.sd import images, sample, text
@@ -83,7 +84,7 @@ def generate(
     record["base"] = tuned.settings["base_fingerprint"]
     seeds = tuple(range(seed, seed + n))
     paths, grid = _paths(subject, record, seeds)
-    missing = [s for s in seeds if force or images.read_metadata(paths[s]) != record | {"seed": s}]
+    missing = [s for s in seeds if force or not _is_made(subject, paths[s], record | {"seed": s})]
     for s, picture in _sample(family, subject, words, sampling, seeds, missing, report):
         images.save_png(paths[s], images.to_pil(picture), record | {"seed": s})
     if missing or not grid.is_file():
@@ -99,6 +100,14 @@ def _paths(subject: Subject, record: dict, seeds: Sequence[int]) -> tuple[dict[i
     stem = f"outputs/{slug}-{digest(record)[:8]}"
     paths = {s: subject.path(f"{stem}-{s:04d}.png") for s in seeds}
     return paths, subject.path(f"{stem}-{seeds[0]:04d}x{len(seeds)}.grid.png")
+
+
+def _is_made(subject: Subject, path: Path, record: dict) -> bool:
+    """Whether the image was made with just these settings and, if the manifest knows it, is what it was then."""
+    if images.read_metadata(path) != record:
+        return False
+    known = {n: sha for g in subject.manifest.generated for n, sha in g.artifacts.items()}
+    return known.get(str(path.relative_to(subject.root))) in (None, sha256(path))
 
 
 def _sample(

@@ -80,7 +80,6 @@ def finetune(
 
     # the checkpoint's name is what the run depends on, so a run with other settings never resumes from it
     checkpoint = Checkpoint(subject.path(f"{_CHECKPOINT}{digest(inputs, options)[:16]}"))
-    checkpoint.path.mkdir(parents=True, exist_ok=True)
     tensors = teacher.fit(family, subject, config, on_step, checkpoint)
     halves = {k: t.half() for k, t in tensors.items()}
     if not all(torch.isfinite(t).all() for t in halves.values()):
