@@ -31,6 +31,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; au
 Seed = Annotated[int, typer.Option(min=0, max=2**53, help="Seed of everything random in this stage.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing has changed.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="The same bits every time on CUDA too; slower.")]
 SubjectDir = Annotated[Path, typer.Argument(help="Subject directory made by `p3s mask`.")]
 OtherModel = Annotated[str | None, typer.Option(help="Another base than the one the subject names.")]
 
@@ -122,6 +123,7 @@ def mask(
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
+    deterministic: Deterministic = False,
     as_json: Json = False,
 ) -> None:
     """Points on a photo -> the subject's mask, and the photo without its look-alike."""
@@ -131,7 +133,15 @@ def mask(
         _run(lambda on_progress: [stages.grid(p) for p in photos], as_json, lambda made: [f"look at {p}" for p in made])
         return
     common = dict(
-        model=model, vision=vision, preset=preset, maps=maps, seed=seed, device=device, dtype=dtype, force=force
+        model=model,
+        vision=vision,
+        preset=preset,
+        maps=maps,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        force=force,
+        deterministic=deterministic,
     )
     clicks = dict(positive=pos or (), negative=neg or (), box=box, class_word=class_word)
     if points is None and len(photos) == 1:
@@ -170,6 +180,7 @@ def finetune(
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
+    deterministic: Deterministic = False,
     as_json: Json = False,
 ) -> None:
     """Teach the model this very subject. An interrupted run goes on where it stopped."""
@@ -197,6 +208,7 @@ def finetune(
         device=device,
         dtype=dtype,
         force=force,
+        deterministic=deterministic,
     )
 
 
@@ -224,6 +236,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
+    deterministic: Deterministic = False,
     as_json: Json = False,
 ) -> None:
     """Images of the subject, wherever the prompt puts it."""
@@ -255,6 +268,7 @@ def generate(
         device=device,
         dtype=dtype,
         force=force,
+        deterministic=deterministic,
     )
 
 

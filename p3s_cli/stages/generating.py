@@ -17,6 +17,7 @@ from p3s_cli.atomic import sha256
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
 from p3s_cli.sd import images, sample, text
+from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.stages.progress import Progress, silent
@@ -53,6 +54,7 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
+    deterministic: bool = False,
     family: Family | None = None,
     on_progress: Progress | None = None,
 ) -> GenerateResult:
@@ -85,8 +87,9 @@ def generate(
     seeds = tuple(range(seed, seed + n))
     paths, grid = _paths(subject, record, seeds)
     missing = [s for s in seeds if force or not _is_made(subject, paths[s], record | {"seed": s})]
-    for s, picture in _sample(family, subject, words, sampling, seeds, missing, report):
-        images.save_png(paths[s], images.to_pil(picture), record | {"seed": s})
+    with exact(deterministic):
+        for s, picture in _sample(family, subject, words, sampling, seeds, missing, report):
+            images.save_png(paths[s], images.to_pil(picture), record | {"seed": s})
     if missing or not grid.is_file():
         tiles = [(f"seed {s}", images.load_image(paths[s])) for s in seeds]
         sheet = pictures.sheet([(f"{steps} steps, guidance {sampling.guidance:g}", tiles)], prompt)

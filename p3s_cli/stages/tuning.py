@@ -12,6 +12,7 @@ from p3s_cli import config as settings
 from p3s_cli import methods
 from p3s_cli.errors import P3SError
 from p3s_cli.lock import one_writer
+from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import save_tensors
@@ -47,6 +48,7 @@ def finetune(
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
+    deterministic: bool = False,
     family: Family | None = None,
     control: settings.ControlConfig | None = None,
     on_progress: Progress | None = None,
@@ -80,7 +82,8 @@ def finetune(
 
     # the checkpoint's name is what the run depends on, so a run with other settings never resumes from it
     checkpoint = Checkpoint(subject.path(f"{_CHECKPOINT}{digest(inputs, options)[:16]}"))
-    tensors = teacher.fit(family, subject, config, on_step, checkpoint)
+    with exact(deterministic):
+        tensors = teacher.fit(family, subject, config, on_step, checkpoint)
     halves = {k: t.half() for k, t in tensors.items()}
     if not all(torch.isfinite(t).all() for t in halves.values()):
         raise P3SError("the tuned control holds numbers that are not finite and was not saved; lower --lr")
