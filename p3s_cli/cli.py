@@ -31,6 +31,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random in this stage
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing has changed.")]
 SubjectDir = Annotated[Path, typer.Argument(help="Subject directory made by `p3s mask`.")]
+OtherVision = Annotated[str | None, typer.Option(help="Another CLIP pair than the family's: a folder or a hub id.")]
 OtherModel = Annotated[str | None, typer.Option(help="Another base than the one the subject names.")]
 
 
@@ -119,6 +120,9 @@ def mask(
     vision: Annotated[
         str, typer.Option(help="What masks are read from: clip, dinov2, or a ViT's folder or hub id.")
     ] = "clip",
+    inpainter: Annotated[
+        str | None, typer.Option(help="Another inpainting U-Net: a folder, a hub id or a .safetensors file.")
+    ] = None,
     preset: Annotated[str, typer.Option(help="default, or paper for the literal recipe.")] = "default",
     seed: Seed = 0,
     device: Device = "auto",
@@ -133,7 +137,15 @@ def mask(
         _run(lambda on_progress: [stages.grid(p) for p in photos], as_json, lambda made: [f"look at {p}" for p in made])
         return
     common = dict(
-        model=model, vision=vision, preset=preset, maps=maps, seed=seed, device=device, dtype=dtype, force=force
+        model=model,
+        vision=vision,
+        inpainter=inpainter,
+        preset=preset,
+        maps=maps,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        force=force,
     )
     clicks = dict(positive=pos or (), negative=neg or (), box=box, class_word=class_word)
     if points is None and len(photos) == 1:
@@ -168,6 +180,9 @@ def finetune(
     preset: Annotated[str, typer.Option(help="default, or paper for the literal recipe.")] = "default",
     seed: Seed = 0,
     model: OtherModel = None,
+    vision: Annotated[
+        str, typer.Option(help="What the control sees the references through: clip, or a CLIP pair's folder or hub id.")
+    ] = "clip",
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
@@ -194,6 +209,7 @@ def finetune(
         preset=preset,
         seed=seed,
         model=model,
+        vision=vision,
         device=device,
         dtype=dtype,
         force=force,
@@ -269,6 +285,51 @@ def demo(
     from p3s_cli import demo as story
 
     _run(story.demo, as_json, story.table, directory=directory, seed=seed, device=device, dtype=dtype, force=force)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="Family to look at, as --model names it.")] = "sd15",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    vision: OtherVision = None,
+    as_json: Json = False,
+) -> None:
+    """What is installed, which models are here, what each stage needs, and what to do about it. Fetches nothing."""
+    from p3s_cli import setup
+
+    _run(setup.doctor, as_json, _show_report, model=model, device=device, dtype=dtype, vision=vision)
+
+
+def _show_report(report: Any) -> list[str]:
+    total = "" if report.device_bytes is None else f" with {report.device_bytes / 1e9:.1f} GB"
+    return [
+        ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        f"device {report.device}{total}, {report.dtype}{', HF_HUB_OFFLINE is set' if report.offline else ''}",
+        f"{report.model}:",
+        *(_show_part(p) for p in report.parts),
+        f"memory profile {report.memory}: "
+        + ", ".join(f"{stage} about {need / 1e9:.1f} GB" for stage, need in report.needs.items()),
+        *(f"to do: {line}" for line in report.advice or ("nothing, all is here",)),
+    ]
+
+
+def _show_part(part: Any) -> str:
+    size = f"{part.bytes / 1e6:9.1f} MB" if part.folder else " " * 12
+    note = "" if part.needed else " (optional)"
+    return f"  {part.name:<18}{part.state:<9}{size}  {part.source}{note}"
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="Family to fetch, as --model names it.")] = "sd15",
+    vision: OtherVision = None,
+    as_json: Json = False,
+) -> None:
+    """Bring everything a family needs into the cache, and verify it."""
+    from p3s_cli import setup
+
+    _run(setup.fetch, as_json, lambda parts: [_show_part(p) for p in parts], model=model, vision=vision)
 
 
 def run() -> None:

@@ -22,7 +22,8 @@ ALLOWED = {
     "stages": {"methods", "paper", "pictures", "sd", "segment", "subject"},
     "world": {"sd"},
     "demo": {"stages", "world", "evals", "pictures", "sd"},
-    "cli": {"stages", "demo"},
+    "setup": {"methods", "sd"},
+    "cli": {"stages", "demo", "setup"},
 }
 
 

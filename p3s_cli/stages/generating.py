@@ -69,7 +69,7 @@ def generate(
     subject.check_masks()
     tuned = subject.tuned()
     report("loading the models", 0, 1)
-    family = family or load(model or tuned.settings["base"], device, dtype)
+    family = family or load(model or tuned.settings["base"], device, dtype, tuned.settings.get("vision"))
     subject.check_control(family.fingerprint())
     sampling = replace(sampling, guidance=family.profile.guidance if guidance is None else guidance)
     text.check_identifier_survives(family.tokenizer, words, subject.manifest.identifier)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from p3s_cli import config as settings
-from p3s_cli.errors import P3SError
+from p3s_cli.errors import InputError, P3SError
 from p3s_cli.methods import base as methods
 from p3s_cli.methods import p3s as _p3s  # noqa: F401  (registers the method)
 from p3s_cli.sd.family import Family, load
@@ -34,6 +34,7 @@ def finetune(
     preset: str = "default",
     seed: int = 0,
     model: str | None = None,
+    vision: str = "clip",
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
@@ -43,6 +44,7 @@ def finetune(
 ) -> FinetuneResult:
     """Train this subject's control on its masked references (P3S eq. 4-9, 11-15).
 
+    `vision` names another CLIP pair than the family's for the control to see the references through.
     Steps and learning rate default to the family's; `control` overrides the preset's settings one by
     one. An interrupted run goes on from its last checkpoint. Raises InputError if masks are missing or stale.
     """
@@ -50,13 +52,15 @@ def finetune(
     subject = Subject.open(Path(subject_dir))
     subject.check_masks()
     report("loading the models", 0, 1)
-    family = family or load(model or subject.manifest.model, device, dtype)
+    family = family or load(model or subject.manifest.model, device, dtype, vision)
     base = family.fingerprint()
+    _check_base(family)
     config = settings.FinetuneConfig(control=control or settings.preset(preset)[1], steps=steps, lr=lr, seed=seed)
     config = replace(
         config, steps=steps or int(family.profile.finetune["steps"]), lr=lr or family.profile.finetune["lr"]
     )
     options = {"config": settings.as_settings(config), "base_fingerprint": base, "base": family.source}
+    options["vision"] = family.profile.clip
     inputs = subject.finetune_inputs(base)
     done, name = subject.manifest.finetune, "control/control.safetensors"
     if done and not force and done.inputs == inputs and done.settings == options and subject.intact(done):
@@ -80,3 +84,12 @@ def finetune(
     subject.save()
     checkpoint.path.unlink(missing_ok=True)
     return FinetuneResult(subject.root, config.steps, loss, subject.path(name), False)
+
+
+def _check_base(family: Family) -> None:
+    channels = family.unet.config.in_channels
+    if channels != family.unet.config.out_channels:
+        raise InputError(
+            f"{family.source} is an inpainting model ({channels} channels) and draws nothing of its own; "
+            "tune on its base, and give this one to p3s mask as --inpainter"
+        )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from p3s_cli.errors import InputError
@@ -127,3 +127,24 @@ def test_a_file_of_something_else_is_refused_in_one_sentence(tmp_path):
     for part in ("unet", "text_encoder"):
         with pytest.raises(InputError, match="holds no .* of the SD v1 layout"):
             getattr(family, part)
+
+
+def test_nine_input_channels_of_an_inpainting_checkpoint_are_seen_in_the_file(twin, tmp_path):
+    path, configs, models = twin
+    state = load_file(path)
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    state[first] = torch.randn(32, 9, 3, 3)
+    save_file(state, tmp_path / "inpainting.safetensors")
+    loaded = single_file.load_part(tmp_path / "inpainting.safetensors", "unet", configs)
+    assert loaded.config.in_channels == 9 and torch.equal(loaded.conv_in.weight, state[first])
+
+
+def test_both_layouts_give_the_same_family(twin, tmp_path):
+    """The same models written as a diffusers folder and as one file: every tensor of every part agrees."""
+    path, configs, models = twin
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    folder = load(str(tmp_path))
+    for part in models:
+        one, other = single_file.load_part(path, part, configs).state_dict(), getattr(folder, part).state_dict()
+        assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
