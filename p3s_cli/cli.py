@@ -28,6 +28,7 @@ app = typer.Typer(
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 on CUDA.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random in this stage.")]
+Memory = Annotated[str, typer.Option(help="Memory profile: auto, 24, 16, 12 or 8 (GB).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing has changed.")]
 SubjectDir = Annotated[Path, typer.Argument(help="Subject directory made by `p3s mask`.")]
@@ -229,11 +230,31 @@ def generate(
     subject_guidance: Annotated[
         float, typer.Option(help="Strength of the subject; equal to --guidance injects in the conditional half only.")
     ] = 1.0,
-    scheduler: Annotated[str, typer.Option(help="ddim, ddpm, dpm++, unipc, euler, euler_a, heun or pndm.")] = "ddim",
+    scheduler: Annotated[
+        str,
+        typer.Option(help="ddim, ddpm, dpm++, dpm++_karras, unipc, euler, euler_a, ... or a scheduler of diffusers."),
+    ] = "ddim",
     schedule: Annotated[
         str, typer.Option(help="Weight over time: quadratic, fixed, increasing, decreasing or off.")
     ] = "quadratic",
-    strength: Annotated[float, typer.Option(min=0, help="Multiplies the weight of the subject.")] = 1.0,
+    strength: Annotated[float, typer.Option(min=0, help="Multiplies the weight of every subject.")] = 1.0,
+    negative_prompt: Annotated[str, typer.Option(help="What to keep out of the images.")] = "",
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="Another subject's directory[=STRENGTH]; the prompt then says [V1], [V2], ... Repeatable."),
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PICTURE[=STRENGTH], such as canny=edges.png; or a ControlNet's folder. Repeatable."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="LoRA for the base, a .safetensors file[=STRENGTH]. Repeatable.")
+    ] = None,
+    references: Annotated[int, typer.Option(min=1, help="How many of each subject's references it is shown.")] = 1,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; default the family's square.")] = None,
+    safety_checker: Annotated[bool, typer.Option(help="Blacken what the base's safety checker flags.")] = True,
+    metadata: Annotated[bool, typer.Option(help="Put prompt, seed and settings into each PNG.")] = True,
+    memory: Memory = "auto",
     model: OtherModel = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -265,6 +286,15 @@ def generate(
         scheduler=scheduler,
         schedule=schedule,
         strength=strength,
+        negative_prompt=negative_prompt,
+        also=also,
+        control=control,
+        lora=lora,
+        references=references,
+        size=size,
+        safety_checker=safety_checker,
+        metadata=metadata,
+        memory=memory,
         model=model,
         device=device,
         dtype=dtype,

@@ -115,6 +115,9 @@ class GenerateConfig:
     scheduler: str = "ddim"
     schedule: WeightSchedule = field(default_factory=WeightSchedule)
     strength: float = 1.0  # multiplies eps_t
+    negative_prompt: str = ""  # what stands in for the empty text
+    references: int = 1  # of each subject, side by side
+    size: tuple[int, int] | None = None  # height and width in pixels; None is the family's square
 
 
 PAPER_CONTROL = ControlConfig(

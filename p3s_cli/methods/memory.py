@@ -7,6 +7,7 @@ bfloat16, 0.83 with checkpointing, scaled here by the latent's area and the U-Ne
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -43,7 +44,13 @@ class Sizes:
     @classmethod
     def of(cls, profile: Profile) -> Sizes:
         """From the family's own configurations where they are on this machine, else from SD v1-5's."""
-        configs = {n: _config(profile, n) for n in ("unet", "vae", "text_encoder", "clip")}
+        names = ("unet", "vae", "text_encoder", "clip")
+        return cls._counted(profile.image_size, *(_config(profile, n).read_text() for n in names))
+
+    @classmethod
+    @functools.cache
+    def _counted(cls, image_size: int, *texts: str) -> Sizes:
+        configs = dict(zip(("unet", "vae", "text_encoder", "clip"), map(json.loads, texts), strict=True))
         vision = configs["clip"].get("vision_config", configs["clip"])
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(configs["unet"])
@@ -52,7 +59,7 @@ class Sizes:
             encoders = [AutoencoderKL.from_config(configs["vae"]), text, text, tower]  # the CLIP pair has a text tower
             control = P3SControl(unet, tower.config.hidden_size, ControlConfig())
         width = unet.config.block_out_channels[0]
-        scale = (profile.image_size / 512) ** 2 * width / 320
+        scale = (image_size / 512) ** 2 * width / 320
         return cls(count(unet), count(control), sum(count(m) for m in encoders), scale)
 
     def finetune(self, memory: MemoryProfile, dtype: torch.dtype, batch: int = 1) -> float:
@@ -117,10 +124,9 @@ def device_memory(device: str) -> int | None:
         return None
 
 
-def _config(profile: Profile, name: str) -> dict:
+def _config(profile: Profile, name: str) -> Path:
     inside = hub.folder(profile.part(name)) if any(p.name == name for p in profile.parts) else None
-    file = inside / "config.json" if inside else _bundled(name)
-    return json.loads(file.read_text())
+    return inside / "config.json" if inside else _bundled(name)
 
 
 def _bundled(name: str) -> Path:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig
 from p3s_cli.methods.base import Generator, register
 from p3s_cli.methods.views import View, base_view, look, random_view
+from p3s_cli.paper.injection import Injection, attention_seam
 from p3s_cli.paper.losses import denoising_loss, total_loss
 from p3s_cli.paper.model import P3SControl, connected, controlled_noise
 from p3s_cli.paper.schedule import injection_weight
@@ -41,7 +42,7 @@ class Condition:
     latent: Tensor
     vision: Tensor
 
-    def __getitem__(self, index: Tensor) -> Condition:
+    def __getitem__(self, index: Tensor | slice) -> Condition:
         return Condition(self.latent[index], self.vision[index])
 
     def repeat(self, n: int) -> Condition:
@@ -57,19 +58,73 @@ def read_photos(subject: Subject) -> list[Photo]:
     return photos
 
 
-def condition(family: Family, photos: list[Photo], views: list[View], config: ControlConfig) -> Condition:
-    """Encode what the copy sees of each photo through its view, its background removed if so configured."""
-    size = family.profile.image_size
+def condition(
+    family: Family,
+    photos: list[Photo],
+    views: list[View],
+    config: ControlConfig,
+    size: tuple[int, int] | None = None,
+) -> Condition:
+    """Encode what the copy sees of each photo through its view, its background removed if so configured.
+
+    The latents have `size` (height, width in pixels; default the family's square), as the image to be
+    drawn has; the vision tower always sees the square.
+    """
+    square = (family.profile.image_size,) * 2
+    seen = _seen(photos, views, config, square)
+    vision = torch.cat([family.vision.tokens(b) for b in seen.split(8)])
+    drawn = seen if size in (None, square) else _seen(photos, views, config, size)
+    return Condition(images.encode(family.vae, drawn), vision)
+
+
+def _seen(photos: list[Photo], views: list[View], config: ControlConfig, size: tuple[int, int]) -> Tensor:
     seen = []
     for photo, view in zip(photos, views, strict=True):
-        square = look(photo.pixels, view, size)
+        picture = look(photo.pixels, view, size)
         if config.reference_background == "remove":
             keep = look(photo.mask.float()[None], view, size)
-            square = square * keep + 0.5 * (1 - keep)
-        seen.append(square)
-    batch = torch.stack(seen)
-    vision = torch.cat([family.vision.tokens(b) for b in batch.split(8)])
-    return Condition(images.encode(family.vae, batch), vision)
+            picture = picture * keep + 0.5 * (1 - keep)
+        seen.append(picture)
+    return torch.stack(seen)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tuned subject's part in an image: its control's tensors and settings, and how strongly it is injected."""
+
+    subject: Subject
+    tensors: dict[str, Tensor]
+    config: ControlConfig
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A subject's control on the device, and what its copy sees of each reference used, one at a time."""
+
+    control: P3SControl
+    seen: list[Condition]
+    strength: float
+
+    @classmethod
+    def build(cls, family: Family, part: Part, references: int, size: tuple[int, int] | None) -> _Bound:
+        control = P3SControl(family.unet, family.vision.width, part.config)
+        control.load_state_dict(part.tensors)
+        control.to(family.device, family.dtype).eval().requires_grad_(False)
+        photos = read_photos(part.subject)[:references]
+        seen = condition(family, photos, [base_view(p.mask) for p in photos], part.config, size)
+        seen = Condition(seen.latent.to(family.dtype), seen.vision.to(family.dtype))
+        return cls(control, [seen[i : i + 1] for i in range(len(photos))], part.strength)
+
+    def injections(self, x_t: Tensor, t: Tensor, states: Tensor, weight: float) -> list[Injection]:
+        """P3S eq. 6 for each reference; together they take the place of one."""
+        weights = torch.full((len(x_t),), weight * self.strength, device=x_t.device)
+        made = []
+        for seen in self.seen:
+            given = seen.repeat(len(x_t))
+            injection, _ = self.control.inject(x_t, t, states, given.latent, given.vision, weights)
+            made.append(replace(injection, share=1 / len(self.seen)))
+        return made
 
 
 @dataclass(frozen=True)
@@ -149,25 +204,25 @@ class P3S:
     ) -> Iterator[Generator]:
         """The frozen U-Net under this subject's control, conditioned on its first reference; as found on exit."""
         control_config, generate = config
-        control = P3SControl(family.unet, family.vision.width, control_config)
-        control.load_state_dict(tensors)
-        control.to(family.device, family.dtype).eval().requires_grad_(False)
-        photo = read_photos(subject)[0]
-        seen = condition(family, [photo], [base_view(photo.mask)], control_config)
-        seen = Condition(seen.latent.to(family.dtype), seen.vision.to(family.dtype))
+        with self.bind_many(family, [Part(subject, tensors, control_config)], generate) as generator:
+            yield generator
 
-        def eps(x_t: Tensor, t: Tensor, states: Tensor, with_subject: bool) -> Tensor:
+    @contextlib.contextmanager
+    def bind_many(self, family: Family, parts: Sequence[Part], generate: GenerateConfig) -> Iterator[Generator]:
+        """The frozen U-Net under the control of several subjects at once, their features side by side; as found on exit."""
+        bound = [_Bound.build(family, part, generate.references, generate.size) for part in parts]
+
+        def eps(x_t: Tensor, t: Tensor, states: Tensor, with_subject: bool, residuals: tuple | None = None) -> Tensor:
             weight = generate.strength * injection_weight(float(t[0]), generate.schedule)
             x_t = x_t.to(family.dtype)
-            if not with_subject or weight == 0:
-                return controlled_noise(family.unet, x_t, t, states, None).float()
-            given = seen.repeat(len(x_t))
-            injection, _ = control.inject(
-                x_t, t, states, given.latent, given.vision, torch.full((len(x_t),), weight, device=x_t.device)
-            )
-            return controlled_noise(family.unet, x_t, t, states, injection).float()
+            present = [b for b in bound if with_subject and weight * b.strength != 0]
+            injections = [i for b in present for i in b.injections(x_t, t, states, weight)]
+            return controlled_noise(family.unet, x_t, t, states, *injections, residuals=residuals).float()
 
-        with connected(family.unet, control):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(attention_seam(family.unet, "frozen"))
+            for b in bound:
+                stack.enter_context(attention_seam(b.control.copy, "copy"))
             yield Generator(lambda prompts: text.encode(family.tokenizer, family.text_encoder, prompts), eps)
 
 

@@ -8,6 +8,7 @@ What differs between families is data (`profile.py`). Only safetensors are ever 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,18 @@ class Family:
             if self.inpainter_chosen:
                 raise
             return self.unet
+
+    def rest(self) -> None:
+        """Text encoder, VAE and CLIP off the device, if they have been loaded; `wake` brings them back."""
+        self._move("cpu", ("text_encoder", "vae", "vision"))
+
+    def wake(self, *names: str) -> None:
+        self._move(self.device, names or ("text_encoder", "vae", "vision"))
+
+    def _move(self, device: str, names: Sequence[str]) -> None:
+        for name in names:
+            if name in self.__dict__:
+                getattr(self.__dict__[name], "clip", self.__dict__[name]).to(device)
 
     @cached_property
     def safety_checker(self) -> tuple[StableDiffusionSafetyChecker, Any] | None:

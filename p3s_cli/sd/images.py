@@ -37,6 +37,7 @@ def load_image(path: Path) -> Image.Image:
                 )
             image.load()
             upright = _rgb(ImageOps.exif_transpose(image))
+            upright.info = {}  # nothing but pixels leaves here: no EXIF, GPS, XMP or comment
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
@@ -74,9 +75,13 @@ def to_pil(pixels: Tensor) -> Image.Image:
     return Image.fromarray((pixels.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def save_png(path: Path, image: Image.Image, metadata: Mapping[str, object] | None = None) -> None:
-    """Write a PNG whole or not at all; `metadata` becomes its `p3s` text chunk, as JSON."""
+def save_png(
+    path: Path, image: Image.Image, metadata: Mapping[str, object] | None = None, parameters: str | None = None
+) -> None:
+    """Write a PNG whole or not at all; `metadata` becomes its `p3s` text chunk, as JSON, `parameters` A1111's."""
     info = PngImagePlugin.PngInfo()
+    if parameters is not None:
+        info.add_text("parameters", parameters)
     if metadata is not None:
         info.add_itxt("p3s", json.dumps(metadata, sort_keys=True))
     with replacing(path) as temporary:
@@ -101,7 +106,7 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [0, 1], float32 on the CPU."""
+def decode(vae: AutoencoderKL, latents: Tensor, together: int = 4) -> Tensor:
+    """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [0, 1], float32 on the CPU, `together` at a time."""
     raw = (latents / vae.config.scaling_factor).to(vae.device, vae.dtype)
-    return torch.cat([vae.decode(z).sample.float().cpu() for z in raw.split(4)]).div(2).add(0.5).clamp(0, 1)
+    return torch.cat([vae.decode(z).sample.float().cpu() for z in raw.split(together)]).div(2).add(0.5).clamp(0, 1)
