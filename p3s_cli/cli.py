@@ -184,6 +184,7 @@ def finetune(
     vision: Annotated[
         str, typer.Option(help="What the control sees the references through: clip, or a CLIP pair's folder or hub id.")
     ] = "clip",
+    memory: Memory = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
@@ -196,7 +197,7 @@ def finetune(
         state = (
             "unchanged since it was tuned"
             if result.unchanged
-            else f"tuned for {result.steps} steps, last loss {result.loss:.4f}"
+            else f"tuned for {result.steps} steps (memory profile {result.memory}), last loss {result.loss:.4f}"
         )
         return [f"{result.subject}: {state}", f'now: p3s generate {result.subject} "a [V] ... on the beach"']
 
@@ -211,6 +212,7 @@ def finetune(
         seed=seed,
         model=model,
         vision=vision,
+        memory=memory,
         device=device,
         dtype=dtype,
         force=force,

@@ -103,6 +103,7 @@ class FinetuneConfig:
     lr: float | None = None
     batch: int | None = None
     seed: int = 0
+    memory: MemoryProfile = MEMORY["24"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig
+from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, MemoryProfile
 from p3s_cli.methods.base import Generator, register
 from p3s_cli.methods.views import View, base_view, look, random_view
 from p3s_cli.paper.injection import Injection, attention_seam
@@ -182,7 +182,7 @@ class P3S:
 
         The frozen models are not changed. Steps, rate and batch left open in `config` are the family's.
         """
-        recommended = family.profile.finetune
+        recommended, memory = family.profile.finetune, config.memory
         batch = config.batch or int(recommended["batch"])
         recipe = Recipe(
             steps=config.steps or int(recommended["steps"]),
@@ -190,13 +190,16 @@ class P3S:
             weight_decay=0.01,
             seed=config.seed,
             lr_scale=(("gates", config.control.gate_lr_scale),),
+            optimizer=memory.optimizer,
         )
         torch.manual_seed(config.seed)
-        control = P3SControl(family.unet, family.vision.width, config.control).to(family.device)
+        control = P3SControl(family.unet, family.vision.width, config.control)
+        control.to(family.device, torch.bfloat16 if memory.masters == "bfloat16" else torch.float32)
         bank = _Bank.build(family, read_photos(subject), config.control, config.seed)
         loss = _Loss(family, subject, control, bank, config.control, batch)
-        with connected(family.unet, control):
-            return train(dict(control.named_parameters()), loss, recipe, on_step, checkpoint)
+        with connected(family.unet, control), _saving(family, control, memory):
+            trained = train(dict(control.named_parameters()), loss, recipe, on_step, checkpoint)
+        return {name: tensor.float() for name, tensor in trained.items()}
 
     @contextlib.contextmanager
     def bind(
@@ -226,6 +229,23 @@ class P3S:
             yield Generator(lambda prompts: text.encode(family.tokenizer, family.text_encoder, prompts), eps)
 
 
+@contextlib.contextmanager
+def _saving(family: Family, control: P3SControl, memory: MemoryProfile) -> Iterator[None]:
+    """What a memory profile switches while training; the family as found on exit."""
+    unets = (family.unet, control.copy) if memory.checkpointing else ()
+    for unet in unets:
+        unet.enable_gradient_checkpointing()
+    if memory.offload:
+        family.rest()
+    try:
+        yield
+    finally:
+        for unet in unets:
+            unet.disable_gradient_checkpointing()
+        if memory.offload:
+            family.wake()
+
+
 class _Loss:
     """One training step's loss: eq. 15 on a batch, text and injection dropped independently."""
 
@@ -234,6 +254,8 @@ class _Loss:
     ):
         self.unet, self.control, self.bank, self.config, self.batch = family.unet, control, bank, config, batch
         self.device, self.dtype = family.device, family.dtype
+        # masters in bfloat16 compute in it, whatever the frozen part is kept in
+        self.autocast = self.dtype if self.dtype != torch.float32 else next(control.parameters()).dtype
         self.noise_schedule = _alphas(family).to(family.device)
         name = f"{subject.manifest.identifier} {subject.manifest.class_word}"
         prompts = [f"{t.format(name)} {c}".strip() for t in TEMPLATES for c in config.contexts]
@@ -252,7 +274,7 @@ class _Loss:
         x_t = (alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise).to(self.dtype)
         ones = torch.ones(n, device=self.device)
         maps = config.attention_loss != "off"
-        with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(self.device.split(":")[0], self.autocast, enabled=self.autocast != torch.float32):
             injection, copy_maps = self.control.inject(x_t, t, states, seen.latent, seen.vision, ones, active, maps)
             predicted = controlled_noise(self.unet, x_t, t, states, injection)
         weight = config.background_weight + (1 - config.background_weight) * inside

@@ -42,7 +42,7 @@ def _load(pipe: StableDiffusionPipeline, path: Path, name: str, family: Family) 
     sentence = f"{path} holds no LoRA that fits {family.source}; give one made for an SD v1 base, as .safetensors"
     try:
         pipe.load_lora_weights(read(path), adapter_name=name)
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:  # diffusers has no error of its own
         raise InputError(sentence) from error
     if not any(name in names for names in pipe.get_list_adapters().values()):
         raise InputError(sentence)
