@@ -23,6 +23,7 @@ ALLOWED = {
     "world": {"sd"},
     "demo": {"stages", "world", "evals", "pictures", "sd"},
     "setup": {"methods", "sd"},
+    "pipeline": {"methods", "sd", "subject"},
     "cli": {"stages", "demo", "setup"},
 }
 

@@ -7,16 +7,21 @@ changed (unless `force`), and reports through `on_progress(what, done, total)`. 
 from p3s_cli.stages.generating import GenerateResult, generate
 from p3s_cli.stages.masking import MaskResult, grid, mask, mask_many
 from p3s_cli.stages.progress import Progress
+from p3s_cli.stages.sharing import ExportResult, ImportResult, export_subject, import_subject
 from p3s_cli.stages.tuning import FinetuneResult, finetune
 
 __all__ = [
+    "ExportResult",
     "FinetuneResult",
     "GenerateResult",
+    "ImportResult",
     "MaskResult",
     "Progress",
+    "export_subject",
     "finetune",
     "generate",
     "grid",
+    "import_subject",
     "mask",
     "mask_many",
 ]
