@@ -3,8 +3,8 @@
     W = W_0 + U V,   U (m, r), V (r, n): the r largest singular directions of W - W_0
 
 W_0 is the frozen layer a weight of the copy was initialised from, and zero for the zero convolutions.
-Convolutions are matrices (out, in * k * k). Vectors, and matrices that r(m + n) numbers would not make
-smaller, keep their difference whole.
+Convolutions are matrices (out, in * k * k). Vectors, matrices that r(m + n) numbers would not make smaller,
+and the little RNGR encoder, which begins at random, are kept whole.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from p3s_cli.paper.subject_copy import frozen_name
 
 _COPY = "copy."
+_FACTORED = (_COPY, "zero_")  # what has a known beginning
 _OVERSAMPLE, _ITERATIONS = 8, 4  # of the randomised SVD
 RANK = 48  # 73 MB at SD v1-5's shape
 
@@ -27,7 +28,7 @@ def split(tensors: Mapping[str, Tensor], unet: UNet2DConditionModel, rank: int =
     parts = {}
     for name, tensor in tensors.items():
         difference = tensor.float() - _start(name, tensor, unet)
-        if worthwhile(tensor.shape, rank):
+        if worthwhile(name, tensor.shape, rank):
             u, v = factors(difference.flatten(1), rank)
             parts |= {f"{name}.u": u.half(), f"{name}.v": v.half()}
         else:
@@ -71,18 +72,29 @@ def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * root, (v[:, :rank] * root).T
 
 
-def worthwhile(shape: torch.Size, rank: int) -> bool:
-    """Whether two factors hold fewer numbers than the matrix."""
+def worthwhile(name: str, shape: torch.Size, rank: int) -> bool:
+    """Whether this tensor goes in as two factors, which then hold fewer numbers than it."""
     rows, columns = shape[0] if len(shape) else 1, shape[1:].numel()
-    return len(shape) > 1 and rank * (rows + columns) < rows * columns
+    return name.startswith(_FACTORED) and len(shape) > 1 and rank * (rows + columns) < rows * columns
 
 
 def size(shapes: Mapping[str, torch.Size], rank: int | None) -> int:
     """Bytes of a control's tensors in fp16; with a rank, of its low-rank difference."""
 
-    def numbers(shape: torch.Size) -> int:
-        if rank is None or not worthwhile(shape, rank):
+    def numbers(name: str, shape: torch.Size) -> int:
+        if rank is None or not worthwhile(name, shape, rank):
             return shape.numel()
         return rank * (shape[0] + shape[1:].numel())
 
-    return 2 * sum(numbers(shape) for shape in shapes.values())
+    return 2 * sum(numbers(name, shape) for name, shape in shapes.items())
+
+
+def error(tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor], unet: UNet2DConditionModel) -> float:
+    """Norm of what the factors leave out, relative to the norm of the differences they stand for."""
+    left = total = 0.0
+    for name, tensor in tensors.items():
+        if f"{name}.u" in parts:
+            difference = (tensor.float() - _start(name, tensor, unet)).flatten(1)
+            left += (difference - parts[f"{name}.u"].float() @ parts[f"{name}.v"].float()).square().sum().item()
+            total += difference.square().sum().item()
+    return (left / total) ** 0.5 if total else 0.0

@@ -31,7 +31,7 @@ _KEPT = ("inpainted", "subject")  # of a reference's mask.safetensors
 
 @dataclass(frozen=True)
 class ExportResult:
-    """`error`: norm of what the low rank leaves out, relative to the whole difference; 0 for `full`."""
+    """`error`: norm of what the low rank leaves out, relative to the difference it stands for; 0 for `full`."""
 
     subject: Path
     file: Path
@@ -69,7 +69,7 @@ def export_subject(
     report("factorising", 0, 1)
     tensors, _ = load_tensors(subject.path("control/control.safetensors"))
     parts = dict(tensors) if full else lowrank.split(tensors, family.unet, rank)
-    error = 0.0 if full else _error(tensors, parts, family)
+    error = lowrank.error(tensors, parts, family.unet)
     references = []
     for i, reference in enumerate(subject.manifest.references):
         mask, _ = load_tensors(subject.path(f"{reference.folder}/mask.safetensors"))
@@ -175,11 +175,3 @@ def _unpacked(data: Tensor) -> Tensor:
     with Image.open(io.BytesIO(data.numpy().tobytes()), formats=("PNG",)) as image:
         array = torch.from_numpy(np.array(image))
     return array.permute(2, 0, 1) if array.ndim == 3 else array
-
-
-def _error(tensors: dict[str, Tensor], parts: dict[str, Tensor], family: Family) -> float:
-    again = lowrank.join(parts, {n: t.shape for n, t in tensors.items()}, family.unet)
-    whole = lowrank.split(tensors, family.unet, rank=10**9)  # no rank that high is worthwhile: the difference itself
-    left = sum((again[n].float() - tensors[n].float()).square().sum() for n in tensors)
-    total = sum(d.float().square().sum() for d in whole.values())
-    return float((left / total.clamp(min=1e-30)).sqrt()) if tensors else 0.0
