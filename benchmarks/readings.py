@@ -24,11 +24,11 @@ from tables import last_line, machine, markdown
 
 from p3s_cli import stages
 from p3s_cli.config import ControlConfig
-from p3s_cli.demo import click, true_vectors
+from p3s_cli.demo import true_vectors
 from p3s_cli.evals.metrics import nearer
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
-from p3s_cli.world.render import render
+from p3s_cli.world.render import click, render
 from p3s_cli.world.scenes import BACKGROUNDS, lookalike_scene
 
 FIRST_SCENE = 21_000_000

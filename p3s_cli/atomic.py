@@ -1,7 +1,8 @@
-"""Files written whole or not at all. No torch in here.
+"""Files and folders written whole or not at all. No torch in here.
 
-A file is written under a temporary name in the same folder, flushed to the disk, then renamed over
-its target, so a reader sees the old file or the new one and nothing else.
+Everything is first written in a temporary folder beside its target, flushed to the disk, then renamed,
+so a reader sees the old state or the new one and nothing else. What a killed process leaves are
+temporary folders, which the next writer removes, or a commit it had decided on, which `finish` completes.
 """
 
 from __future__ import annotations
@@ -9,42 +10,134 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from p3s_cli.errors import P3SError
 
+TEMPORARY = ".p3s-tmp"  # ends the name of every temporary folder: .<process>-<random>.p3s-tmp
+_DECIDED = ".p3s-commit"
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed and renamed to `path`, on failure removed.
+    """Yield a temporary path; on success it is flushed and renamed to `path`, on failure removed.
 
-    Raises P3SError naming the path when the disk is full or the folder cannot be written.
+    Raises P3SError naming the path and the bytes when the disk is full or the folder cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise P3SError(f"cannot write {path}: {error.strerror or error}; choose a folder you may write to") from error
-    temporary = Path(name)
-    try:
+    with _workplace(path) as folder:
+        temporary = folder / path.name
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & folder.stat().st_mode)  # safetensors makes 0600 whatever the umask says
+        flush(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise P3SError(f"cannot write {path}: {error.strerror or error}; nothing was changed there") from error
+        flush(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that on success becomes `path`, which must not exist yet. Raises as `replacing`."""
+    with _workplace(path) as folder:
+        inside = folder / path.name
+        inside.mkdir()
+        yield inside
+        for made in (inside, *(p for p in inside.rglob("*") if p.is_dir())):
+            flush(made)
+        os.rename(inside, path)
+        flush(path.parent)
+
+
+@contextlib.contextmanager
+def committing(root: Path) -> Iterator[Path]:
+    """Yield a folder; what is put there appears under `root`, by the same relative paths, all together or not at all.
+
+    The rename to a decided commit is the instant it happens; a process killed after that leaves the moving
+    to the next one's `finish`. For one writer at a time. Raises as `replacing`.
+    """
+    with new_folder(root / _DECIDED) as folder:
+        yield folder
+    finish(root)
+
+
+def finish(root: Path) -> None:
+    """Complete the commit a killed process had decided, and remove temporaries. Only for the one writer of `root`."""
+    with _sentence(root):
+        decided = root / _DECIDED
+        if decided.is_dir():
+            for file in sorted(p for p in decided.rglob("*") if p.is_file()):
+                target = root / file.relative_to(decided)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+                flush(target.parent)
+            shutil.rmtree(decided)
+        for stale in list(root.rglob(f".*{TEMPORARY}")):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _workplace(path: Path) -> Iterator[Path]:
+    folder = path.parent / f".{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}"
+    with _sentence(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path.parent)
+        folder.mkdir()
+    try:
+        with _sentence(path, folder):
+            yield folder
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextlib.contextmanager
+def _sentence(path: Path, folder: Path | None = None) -> Iterator[None]:
+    """An OSError becomes one sentence with the path the user knows, what was written and what is free."""
+    try:
+        yield
+    except OSError as error:
+        shown = Path(*(p for p in path.parts if not p.endswith(TEMPORARY) and p != _DECIDED))
+        written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder else 0
+        raise P3SError(
+            f"cannot write {shown}: {error.strerror or error} ({written:,} bytes were written, "
+            f"{_free_bytes(path):,} are free); nothing was changed there"
+        ) from error
+
+
+def _free_bytes(path: Path) -> int:
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(there).free
+
+
+def _remove_stale(folder: Path) -> None:
+    """Temporary folders of processes that are no more."""
+    for stale in folder.glob(f".*{TEMPORARY}"):
+        process = stale.name[1:].split("-")[0]
+        if process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":
+        return True  # there, signal 0 is no question
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
+
+
+def flush(path: Path) -> None:
+    """Push a file's bytes, or a folder's names, to the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # only POSIX can open a folder
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sha256(path: Path) -> str:

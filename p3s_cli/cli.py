@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from p3s_cli import __version__
+from p3s_cli import __version__, signals
 from p3s_cli.errors import P3SError
+from p3s_cli.methods import NAMES
 
 app = typer.Typer(
     name="p3s",
@@ -27,7 +28,7 @@ app = typer.Typer(
 
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 on CUDA.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random in this stage.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**53, help="Seed of everything random in this stage.")]
 Memory = Annotated[str, typer.Option(help="Memory profile: auto, 24, 16, 12 or 8 (GB).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing has changed.")]
@@ -57,9 +58,6 @@ def _run(stage: Callable[..., Any], as_json: bool, show: Callable[[Any], list[st
     except P3SError as error:
         print(f"p3s: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("p3s: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise typer.Exit(130) from None
     except OSError as error:
         print(f"p3s: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -176,9 +174,10 @@ def _show_mask(result: Any) -> list[str]:
 @app.command()
 def finetune(
     subject_dir: SubjectDir,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default the family's.")] = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate; default the family's.")] = None,
-    preset: Annotated[str, typer.Option(help="default, or paper for the literal recipe.")] = "default",
+    method: Annotated[str, typer.Option(help=f"{', '.join(NAMES[:-1])} or {NAMES[-1]}.")] = "p3s",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default the method's.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate; default the method's.")] = None,
+    preset: Annotated[str, typer.Option(help="P3S: default, or paper for the literal recipe.")] = "default",
     seed: Seed = 0,
     model: OtherModel = None,
     vision: Annotated[
@@ -206,6 +205,7 @@ def finetune(
         as_json,
         show,
         subject_dir=subject_dir,
+        method=method,
         steps=steps,
         lr=lr,
         preset=preset,
@@ -224,7 +224,9 @@ def generate(
     subject_dir: SubjectDir,
     prompt: Annotated[str, typer.Argument(help='What to draw, with [V] before the class word: "a [V] dog on beach".')],
     n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up from it.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**53, help="Seed of the first image; the others count up from it.")
+    ] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     guidance: Annotated[
         float | None, typer.Option(help="Strength of the text; default the family's (7.5 for sd15).")
@@ -237,7 +239,7 @@ def generate(
         typer.Option(help="ddim, ddpm, dpm++, dpm++_karras, unipc, euler, euler_a, ... or a scheduler of diffusers."),
     ] = "ddim",
     schedule: Annotated[
-        str, typer.Option(help="Weight over time: quadratic, fixed, increasing, decreasing or off.")
+        str, typer.Option(help="P3S: weight over time, quadratic, fixed, increasing, decreasing or off.")
     ] = "quadratic",
     strength: Annotated[float, typer.Option(min=0, help="Multiplies the weight of every subject.")] = 1.0,
     negative_prompt: Annotated[str, typer.Option(help="What to keep out of the images.")] = "",
@@ -304,6 +306,65 @@ def generate(
     )
 
 
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A subject directory; with --bench dreambench its folder, with --bench world where to work."
+        ),
+    ] = None,
+    bench: Annotated[str | None, typer.Option(help="world or dreambench, instead of one subject.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Who takes part, p3s alone if left out; `all` for everyone. Repeatable.")
+    ] = None,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="World: the paper's ablations and our own readings.")
+    ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Rows of --ablate to make; all if left out. Repeatable.")
+    ] = None,
+    equal_time: Annotated[
+        bool, typer.Option("--equal-time", help="World: rivals also with P3S's own wall-clock for tuning.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="World: a fixed subset, for ablations.")] = False,
+    strength: Annotated[
+        list[float] | None, typer.Option(help="World: draw at this strength, too, for the trade-off plot. Repeatable.")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="dreambooth, p3s, kosmos-g or world; default the family's.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw of a subject, with [V]; default the family's. Repeatable.")
+    ] = None,
+    subject: Annotated[list[str] | None, typer.Option(help="DreamBench: this subject only. Repeatable.")] = None,
+    shard: Annotated[str | None, typer.Option(help="DreamBench: i/n, every n-th subject from the i-th on.")] = None,
+    points: Annotated[Path | None, typer.Option(help="DreamBench: JSON file of clicks by subject.")] = None,
+    check: Annotated[
+        bool, typer.Option("--self-check", help="DreamBench: real photos against real photos, nothing is drawn.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where a benchmark works.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Images of each prompt.")] = 4,
+    seed: Seed = 0,
+    model: OtherModel = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score a subject or a benchmark: table, rows, and a page with the pictures. Goes on where it stopped."""
+    from p3s_cli import benches
+
+    chosen = dict(target=target, bench=bench, names=method, output=output, model=model, n=n, seed=seed)
+    chosen |= dict(ablate=ablate, only=only, equal_time=equal_time, quick=quick, strengths=strength)
+    chosen |= dict(subjects=subject, shard=shard, points=points, check=check)
+    chosen |= dict(protocol=protocol, prompts=prompt, device=device, dtype=dtype)
+    _run(benches.evaluate, as_json, _show_scores, **chosen)
+
+
+def _show_scores(result: Any) -> list[str]:
+    return [*result.table, f"rows in {result.scores}", f"look at {result.report}"]
+
+
 @app.command()
 def export(
     subject_dir: SubjectDir,
@@ -349,7 +410,7 @@ def import_(
 @app.command()
 def demo(
     directory: Annotated[Path, typer.Argument(help="Where to put everything.")] = Path("p3s-demo"),
-    seed: Annotated[int, typer.Option(help="Which scene to draw, and the seed of every stage.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which scene to draw, and the seed of every stage.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
@@ -407,10 +468,15 @@ def fetch(
 
 
 def run() -> None:
-    """Entry point. Hub libraries keep their notices to themselves."""
+    """Entry point. Hub libraries keep their notices to themselves; SIGINT and SIGTERM end it in good order."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    app()
+    try:
+        with signals.raising():
+            app()
+    except signals.Interrupted as stop:
+        print("p3s: interrupted; the same command goes on from what is done", file=sys.stderr)
+        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ method (image size, learning rate, feature layer), are in that family's `p3s.jso
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from p3s_cli.errors import InputError
 
@@ -42,6 +45,7 @@ class MaskConfig:
 class ControlConfig:
     """The control: what is injected, how, and what it is trained with (Sec. III-B)."""
 
+    rngr: bool = True  # eq. 4-5; without it the copy is given I' itself (Table II)
     injection: Injection = "gated"
     lam: float = 0.2  # lambda of eq. 7
     gate_start: float = -2.0  # b_i before training, gated form only
@@ -150,6 +154,23 @@ def with_schedule(config: GenerateConfig, kind: str) -> GenerateConfig:
     if kind not in kinds:
         raise InputError(f"no weight schedule is called {kind!r}; choose one of: {', '.join(kinds)}")
     return replace(config, schedule=replace(config.schedule, kind=kind))
+
+
+def read_control(tuned: Any) -> ControlConfig:
+    """The control's part of finetune settings out of an artifact. Raises InputError for what no p3s wrote."""
+    names = {f.name for f in fields(ControlConfig)}
+    try:
+        if (
+            not isinstance(tuned, Mapping)
+            or not isinstance(tuned.get("control"), dict)
+            or tuned["control"].keys() - names
+        ):
+            raise ValueError("other settings than a control has")
+        return TypeAdapter(ControlConfig).validate_python(tuned["control"])
+    except ValueError as error:
+        raise InputError(
+            "the settings of the control cannot be read; tune the subject again with p3s finetune"
+        ) from error
 
 
 def as_settings(config: Any) -> dict:

@@ -14,7 +14,7 @@ from p3s_cli.evals.metrics import intersection_over_union, nearer
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.weights import load_tensors
-from p3s_cli.world.render import render
+from p3s_cli.world.render import click, render
 from p3s_cli.world.scenes import Placed, Scene, lookalike_scene, solo
 
 _SCENE = 20_000_013  # far from any training seed, and one whose masks come out well
@@ -84,14 +84,6 @@ class _Clock:
     def stop(self, stage: str) -> None:
         now = time.monotonic()
         self.seconds[stage], self._since = round(now - self._since, 1), now
-
-
-def click(mask: Tensor) -> tuple[float, float]:
-    """Where a person would click: the visible pixel nearest to the middle of what is visible."""
-    rows, columns = torch.where(mask)
-    middle = (rows.float().mean() - rows).square() + (columns.float().mean() - columns).square()
-    best = int(middle.argmin())
-    return float(columns[best]), float(rows[best])
 
 
 def true_vectors(family: Family, placed: Placed, seed: int) -> Tensor:

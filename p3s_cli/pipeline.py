@@ -56,8 +56,11 @@ class P3SPipeline(StableDiffusionPipeline):
             raise InputError('P3SPipeline needs a tuned subject; name its directory with subject="..."')
         tower = subjects[0].tuned().settings.get("vision")
         family = load(base, "cpu", str(torch_dtype).removeprefix("torch."), None if inside.is_dir() else tower)
-        for one in subjects if roots else ():
-            one.check_control(family.fingerprint())
+        for one in subjects:
+            if one.method != "p3s":
+                raise InputError(f"{one.root} is tuned by {one.method}; P3SPipeline draws what p3s learnt")
+            if roots:
+                one.check_control(family.fingerprint())
         if "safety_checker" not in kwargs and family.safety_checker is not None:
             kwargs["safety_checker"], kwargs["feature_extractor"] = family.safety_checker
         own = {name: getattr(family, name) for name in _MODULES}
@@ -126,4 +129,4 @@ class _Controlled(nn.Module):
 
 def _part(subject: Subject) -> Part:
     tensors, metadata = load_tensors(subject.path("control/control.safetensors"))
-    return Part(subject, tensors, settings.ControlConfig(**metadata["config"]["control"]))
+    return Part(subject, tensors, settings.read_control(metadata["config"]))

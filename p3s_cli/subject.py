@@ -11,24 +11,33 @@ dog/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from p3s_cli.atomic import replacing, sha256
-from p3s_cli.errors import InputError
+from p3s_cli.atomic import committing, replacing, sha256
+from p3s_cli.errors import InputError, P3SError
 
 SCHEMA = 1
 MANIFEST = "subject.json"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _inside(name: str) -> str:
+    """A relative path that stays inside the subject directory."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r:.80} is not a path inside the subject directory")
+    return name
 
 
 class Stage(_Strict):
@@ -37,14 +46,14 @@ class Stage(_Strict):
     inputs: str
     settings: dict[str, Any]
     seed: int
-    artifacts: dict[str, str]
+    artifacts: dict[Annotated[str, AfterValidator(_inside)], str]
     result: dict[str, Any] = Field(default_factory=dict)
 
 
 class Reference(_Strict):
     """One photo of the subject; points are (x, y) pixels of the upright image."""
 
-    folder: str = Field(pattern=r"^references/\d{2}$")
+    folder: str = Field(pattern=r"^references/[0-9]{2,6}$")
     photo_sha256: str
     width: int = Field(gt=0)
     height: int = Field(gt=0)
@@ -68,8 +77,8 @@ class Manifest(_Strict):
 class Subject:
     """A subject directory that has been read. Paths in the manifest are relative to it."""
 
-    def __init__(self, root: Path, manifest: Manifest):
-        self.root, self.manifest = root, manifest
+    def __init__(self, root: Path, manifest: Manifest, found: bool = False):
+        self.root, self.manifest, self.found = root, manifest, found
 
     @classmethod
     def exists(cls, root: Path) -> bool:
@@ -78,35 +87,24 @@ class Subject:
     @classmethod
     def open(cls, root: Path) -> Subject:
         """Raises InputError if `root` is no subject directory or its manifest does not hold together."""
-        path = root / MANIFEST
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(
-                f"{root} is not a subject directory (it has no {MANIFEST}); make one with: p3s mask PHOTO --pos X,Y -o {root}"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}); restore it or make the subject again") from error
-        try:
-            return cls(root, Manifest.model_validate(data))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise InputError(
-                f"{path} is not a manifest this version reads ({where}: {first['msg']}); restore it or make the subject again"
-            ) from error
+        return cls(root, read_manifest(root / MANIFEST), found=True)
 
-    def save(self) -> None:
-        text = json.dumps(self.manifest.model_dump(), indent=2, sort_keys=True) + "\n"
-        with replacing(self.root / MANIFEST) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[Path]:
+        """Yield a folder for new artifacts; afterwards they and the manifest replace the old ones, all at once.
+
+        Raises P3SError if they cannot be written, or if the subject was removed in the meantime.
+        """
+        if self.found and not self.exists(self.root):
+            raise P3SError(f"{self.root} was removed while it was worked on; nothing was saved")
+        with committing(self.root) as folder:
+            yield folder
+            with replacing(folder / MANIFEST) as temporary:
+                temporary.write_text(json.dumps(self.manifest.model_dump(), indent=2, sort_keys=True) + "\n", "utf-8")
+        self.found = True
 
     def path(self, relative: str) -> Path:
         return self.root / relative
-
-    def record(self, *relative: str) -> dict[str, str]:
-        """sha256 of artifacts just written, by relative path."""
-        return {name: sha256(self.path(name)) for name in relative}
 
     def intact(self, stage: Stage) -> bool:
         """Whether every artifact of the stage is there, bit for bit."""
@@ -154,8 +152,58 @@ class Subject:
             raise InputError(f"the control of {self.root} is missing or damaged; run: {command} --force")
 
     @property
+    def method(self) -> str:
+        """What the subject is tuned with; P3S before it is."""
+        stage = self.manifest.finetune
+        return stage.settings.get("method", "p3s") if stage else "p3s"
+
+    @property
     def _finetune_command(self) -> str:
-        return f"p3s finetune {shlex.quote(str(self.root))}"
+        other = "" if self.method == "p3s" else f" --method {shlex.quote(self.method)}"
+        return f"p3s finetune {shlex.quote(str(self.root))}{other}"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises InputError if it is missing, of a schema this version does not read, or does not hold together."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(
+            f"{path.parent} is not a subject directory (it has no {path.name}); make one with: p3s mask PHOTO --pos X,Y -o {path.parent}"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}); restore it or make the subject again") from error
+    schema = data.get("schema_version") if isinstance(data, dict) else None
+    if type(schema) is int and schema != SCHEMA:
+        raise InputError(
+            f"{path} is not a manifest this version reads: its schema is {schema:.6g}, ours {SCHEMA}; use the p3s that wrote it"
+        )
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"{path} is not a manifest this version reads ({where}: {first['msg']}); restore it or make the subject again"
+        ) from error
+
+
+def mask_layout(reference: Reference) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    """What a reference's mask.safetensors holds: name -> dtype and shape, None for any size."""
+    height, width = reference.height, reference.width
+    return {
+        "positive_map": ("F32", (None, None)),
+        "negative_map": ("F32", (None, None)),
+        "subject": ("U8", (height, width)),
+        "negative": ("U8", (height, width)),
+        "inpainted": ("U8", (3, height, width)),
+        "latent": ("F32", (4, None, None)),
+    }
+
+
+def hashes(folder: Path, *names: str) -> dict[str, str]:
+    """sha256 of artifacts just written, by relative path."""
+    return {name: sha256(folder / name) for name in names}
 
 
 def mask_command(photo: Path, reference: Reference, root: Path) -> str:
@@ -181,7 +229,7 @@ def parse_point(text: str) -> tuple[str, float, float]:
         x, y = float(first), float(second)
     except ValueError as error:
         raise InputError(
-            f"{text!r} is not a point; write X,Y in pixels, such as 120,88, or as fractions, such as 0.3,0.5"
+            f"{text!r:.80} is not a point; write X,Y in pixels, such as 120,88, or as fractions, such as 0.3,0.5"
         ) from error
     if "." in first and "." in second and 0 <= x <= 1 and 0 <= y <= 1:
         return "fraction", x, y
@@ -196,10 +244,13 @@ def resolve_points(points: Sequence[str | tuple[float, float]], width: int, heig
             kind, x, y = parse_point(point)
             x, y = (x * (width - 1), y * (height - 1)) if kind == "fraction" else (x, y)
         else:
-            x, y = map(float, point)
+            x, y = _numbers(point, 2, "a point; give (x, y)")
         if not (0 <= x < width and 0 <= y < height):
+            near = [
+                str(min(max(round(v), 0), n - 1)) if abs(v) < 1e9 else str(n // 2) for v, n in ((x, width), (y, height))
+            ]
             raise InputError(
-                f"the point {x:g},{y:g} lies outside the image, which is {width} wide and {height} high; give x in 0-{width - 1}, y in 0-{height - 1}"
+                f"the point {x:g},{y:g} lies outside the image, which is {width} wide and {height} high; give x in 0-{width - 1}, y in 0-{height - 1}, such as {','.join(near)}"
             )
         resolved.append((x, y))
     return resolved
@@ -207,9 +258,10 @@ def resolve_points(points: Sequence[str | tuple[float, float]], width: int, heig
 
 def resolve_box(box: str | Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
     """`X0,Y0,X1,Y1`, two corners written like points -> pixels. Raises InputError if it is no box of the image."""
-    parts = box.split(",") if isinstance(box, str) else [float(v) for v in box]
+    wanted = "a box; write X0,Y0,X1,Y1, such as 40,60,210,300"
+    parts = box.split(",") if isinstance(box, str) else _numbers(box, 4, wanted)
     if len(parts) != 4:
-        raise InputError(f"{box!r} is not a box; write X0,Y0,X1,Y1, such as 40,60,210,300")
+        raise InputError(f"{box!r:.80} is not {wanted}")
     corners = (
         [",".join(parts[:2]), ",".join(parts[2:])] if isinstance(box, str) else [tuple(parts[:2]), tuple(parts[2:])]
     )
@@ -217,3 +269,13 @@ def resolve_box(box: str | Sequence[float], width: int, height: int) -> tuple[fl
     if x0 >= x1 or y0 >= y1:
         raise InputError(f"the box {box} is empty; give its left top corner first, then its right bottom one")
     return x0, y0, x1, y1
+
+
+def _numbers(values: Sequence[float], count: int, what: str) -> list[float]:
+    try:
+        numbers = [float(v) for v in values]
+    except (TypeError, ValueError, OverflowError):
+        numbers = []
+    if len(numbers) != count:
+        raise InputError(f"{values!r:.80} is not {what}")
+    return numbers

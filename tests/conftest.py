@@ -8,13 +8,14 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network
 
 import pytest
+import tiny
 import torch
 from diffusers import UNet2DConditionModel
 
 from p3s_cli.config import ControlConfig
 from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd.family import Family, load
-from p3s_cli.world.render import render
+from p3s_cli.world.render import click, render
 from p3s_cli.world.scenes import lookalike_scene
 
 
@@ -72,7 +73,6 @@ def batch():
 @pytest.fixture(scope="session")
 def pair():
     """A drawn scene with two look-alikes: (PIL image, true masks (2, H, W), a click on each)."""
-    from p3s_cli.demo import click
     from p3s_cli.sd.images import to_pil
 
     pixels, masks = render([lookalike_scene(20_000_007)])
@@ -86,3 +86,15 @@ def photo_data() -> Path:
     if not (folder / "selective_dev/manifest.json").is_file():
         pytest.skip("no real photos here; name their folder in P3S_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """The folder of `tiny.build`'s family, to be copied before it is changed."""
+    return tiny.build(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tiny_folder) -> Family:
+    """A family whose stages take a fraction of a second and whose images are noise."""
+    return load(str(tiny_folder), device="cpu")

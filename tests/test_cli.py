@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from p3s_cli.cli import app
 from p3s_cli.sd import images
+from p3s_cli.sd.weights import load_tensors
 
 runner = CliRunner()
 
@@ -112,3 +113,26 @@ def test_python_functions_have_the_same_names_and_defaults_as_the_commands():
         for option, parameter in inspect.signature(getattr(cli, name)).parameters.items():
             if option not in commands_only:
                 assert ours[renamed.get(option, option)].default == parameter.default, (name, option)
+
+
+@pytest.mark.parametrize("method", ["lora", "textual-inversion"])
+def test_a_subject_tuned_by_a_rival_is_drawn_by_it(home, pair, method):
+    (x, y), _ = pair[2]
+    p3s("mask", "two.png", "--pos", f"{x},{y}", "--model", "world", "--class", "pet")
+    result = p3s("finetune", "two", "--method", method, "--steps", 2, "--json")
+    assert result.exit_code == 0, result.stderr
+    tuned = json.loads(result.stdout)
+    assert tuned["method"] == method and tuned["steps"] == 2
+    tensors, metadata = load_tensors(home / tuned["control"])
+    recorded = json.loads((home / "two/subject.json").read_text())["finetune"]["settings"]
+    assert metadata == recorded and recorded["method"] == method and recorded["config"]["steps"] == 2
+    assert sum(t.numel() for t in tensors.values()) < 200_000  # what was trained, and no U-Net
+    assert json.loads(p3s("finetune", "two", "--method", method, "--steps", 2, "--json").stdout)["unchanged"]
+    made = json.loads(p3s("generate", "two", "a [V] pet on beach", "-n", 1, "--steps", 2, "--json").stdout)
+    assert (home / made["images"][0]).is_file()
+    (home / tuned["control"]).unlink()
+    assert f"p3s finetune two --method {method} --force" in p3s("generate", "two", "a [V] pet").stderr
+    before = (home / "two/subject.json").read_bytes()
+    other = p3s("finetune", "two", "--method", "hyper")
+    assert other.exit_code == 2 and "no method is called 'hyper'; choose one of: p3s, dreambooth" in other.stderr
+    assert (home / "two/subject.json").read_bytes() == before

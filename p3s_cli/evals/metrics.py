@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 
@@ -17,3 +18,9 @@ def nearer(results: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
     Unit vectors (B, D), (K, D), (K', D) -> (B,) bool.
     """
     return (results @ chosen.T).mean(1) > (results @ other.T).mean(1)
+
+
+def roc_auc(same: Tensor, different: Tensor) -> float:
+    """Area under the ROC curve: the chance that a `same` score exceeds a `different` one, ties counting half."""
+    wins = mannwhitneyu(same.numpy(), different.numpy()).statistic  # U counts exactly those pairs
+    return float(wins) / (len(same) * len(different))

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, MemoryProfile
+from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, MemoryProfile, read_control
+from p3s_cli.errors import InputError
 from p3s_cli.methods.base import Generator, register
+from p3s_cli.methods.denoising import diffuse, noise_schedule
+from p3s_cli.methods.photos import Photo, read_photos
 from p3s_cli.methods.views import View, base_view, look, random_view
 from p3s_cli.paper.injection import Injection, attention_seam
 from p3s_cli.paper.losses import denoising_loss, total_loss
 from p3s_cli.paper.model import P3SControl, connected, controlled_noise
 from p3s_cli.paper.schedule import injection_weight
 from p3s_cli.sd import images, text
-from p3s_cli.sd.family import Family
+from p3s_cli.sd.family import Family, Profile
 from p3s_cli.sd.train import Checkpoint, OnStep, Recipe, train
-from p3s_cli.sd.weights import load_tensors
+from p3s_cli.sd.weights import check_layout, layout_of
 from p3s_cli.subject import Subject
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a {}")
 _VIEWS = 24  # augmented views encoded once for each reference
-
-
-@dataclass(frozen=True)
-class Photo:
-    """An inpainted reference: pixels (3, H, W) in [0, 1] and the subject's mask (H, W) bool."""
-
-    pixels: Tensor
-    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,15 +43,6 @@ class Condition:
 
     def repeat(self, n: int) -> Condition:
         return Condition(self.latent.expand(n, -1, -1, -1), self.vision.expand(n, -1, -1))
-
-
-def read_photos(subject: Subject) -> list[Photo]:
-    """The inpainted references with their masks, as `p3s mask` left them."""
-    photos = []
-    for reference in subject.manifest.references:
-        tensors, _ = load_tensors(subject.path(f"{reference.folder}/mask.safetensors"))
-        photos.append(Photo(tensors["inpainted"].float() / 255, tensors["subject"].bool()))
-    return photos
 
 
 def condition(
@@ -93,7 +80,7 @@ class Part:
     """One tuned subject's part in an image: its control's tensors and settings, and how strongly it is injected."""
 
     subject: Subject
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     config: ControlConfig
     strength: float = 1.0
 
@@ -109,6 +96,12 @@ class _Bound:
     @classmethod
     def build(cls, family: Family, part: Part, references: int, size: tuple[int, int] | None) -> _Bound:
         control = P3SControl(family.unet, family.vision.width, part.config)
+        try:
+            check_layout(layout_of(part.tensors), layout_of(control.state_dict()))
+        except ValueError as error:
+            raise InputError(
+                f"the control of {part.subject.root} does not fit this base ({error}); tune it again"
+            ) from error
         control.load_state_dict(part.tensors)
         control.to(family.device, family.dtype).eval().requires_grad_(False)
         photos = read_photos(part.subject)[:references]
@@ -169,6 +162,17 @@ class P3S:
     """Contract: `p3s_cli.methods.base.Method`."""
 
     name = "p3s"
+    given: Literal["points"] = "points"
+
+    def recipe(self, profile: Profile, config: FinetuneConfig) -> FinetuneConfig:
+        """Steps, rate and batch left open are the family's."""
+        recommended = profile.finetune
+        return replace(
+            config,
+            steps=config.steps or int(recommended["steps"]),
+            lr=config.lr or recommended["lr"],
+            batch=config.batch or int(recommended["batch"]),
+        )
 
     def fit(
         self,
@@ -178,45 +182,45 @@ class P3S:
         on_step: OnStep | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> dict[str, Tensor]:
-        """Train a control on the subject's references (P3S eq. 15). Returns its tensors, float32.
-
-        The frozen models are not changed. Steps, rate and batch left open in `config` are the family's.
-        """
-        recommended, memory = family.profile.finetune, config.memory
-        batch = config.batch or int(recommended["batch"])
+        """Train a control on the subject's references (P3S eq. 15). Returns its tensors, float32."""
+        config = self.recipe(family.profile, config)
         recipe = Recipe(
-            steps=config.steps or int(recommended["steps"]),
-            lr=config.lr or recommended["lr"],
+            steps=config.steps,
+            lr=config.lr,
             weight_decay=0.01,
             seed=config.seed,
             lr_scale=(("gates", config.control.gate_lr_scale),),
-            optimizer=memory.optimizer,
+            optimizer=config.memory.optimizer,
         )
         torch.manual_seed(config.seed)
         control = P3SControl(family.unet, family.vision.width, config.control)
-        control.to(family.device, torch.bfloat16 if memory.masters == "bfloat16" else torch.float32)
+        control.to(family.device, torch.bfloat16 if config.memory.masters == "bfloat16" else torch.float32)
         bank = _Bank.build(family, read_photos(subject), config.control, config.seed)
-        loss = _Loss(family, subject, control, bank, config.control, batch)
-        with connected(family.unet, control), _saving(family, control, memory):
+        loss = _Loss(family, subject, control, bank, config.control, config.batch)
+        with connected(family.unet, control), _saving(family, control, config.memory):
             trained = train(dict(control.named_parameters()), loss, recipe, on_step, checkpoint)
         return {name: tensor.float() for name, tensor in trained.items()}
 
     @contextlib.contextmanager
     def bind(
-        self, family: Family, subject: Subject, tensors: dict[str, Tensor], config: tuple[ControlConfig, GenerateConfig]
+        self,
+        family: Family,
+        subject: Subject,
+        tensors: Mapping[str, Tensor],
+        recipe: Mapping[str, Any],
+        sampling: GenerateConfig,
     ) -> Iterator[Generator]:
         """The frozen U-Net under this subject's control, conditioned on its first reference; as found on exit."""
-        control_config, generate = config
-        with self.bind_many(family, [Part(subject, tensors, control_config)], generate) as generator:
+        with self.bind_many(family, [Part(subject, tensors, read_control(recipe))], sampling) as generator:
             yield generator
 
     @contextlib.contextmanager
-    def bind_many(self, family: Family, parts: Sequence[Part], generate: GenerateConfig) -> Iterator[Generator]:
+    def bind_many(self, family: Family, parts: Sequence[Part], sampling: GenerateConfig) -> Iterator[Generator]:
         """The frozen U-Net under the control of several subjects at once, their features side by side; as found on exit."""
-        bound = [_Bound.build(family, part, generate.references, generate.size) for part in parts]
+        bound = [_Bound.build(family, part, sampling.references, sampling.size) for part in parts]
 
         def eps(x_t: Tensor, t: Tensor, states: Tensor, with_subject: bool, residuals: tuple | None = None) -> Tensor:
-            weight = generate.strength * injection_weight(float(t[0]), generate.schedule)
+            weight = sampling.strength * injection_weight(float(t[0]), sampling.schedule)
             x_t = x_t.to(family.dtype)
             present = [b for b in bound if with_subject and weight * b.strength != 0]
             injections = [i for b in present for i in b.injections(x_t, t, states, weight)]
@@ -256,7 +260,7 @@ class _Loss:
         self.device, self.dtype = family.device, family.dtype
         # masters in bfloat16 compute in it, whatever the frozen part is kept in
         self.autocast = self.dtype if self.dtype != torch.float32 else next(control.parameters()).dtype
-        self.noise_schedule = _alphas(family).to(family.device)
+        self.noise_schedule = noise_schedule(family)
         name = f"{subject.manifest.identifier} {subject.manifest.class_word}"
         prompts = [f"{t.format(name)} {c}".strip() for t in TEMPLATES for c in config.contexts]
         self.text = text.encode(family.tokenizer, family.text_encoder, [*prompts, ""])
@@ -264,14 +268,12 @@ class _Loss:
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         config, n = self.config, self.batch
         x0, inside, seen = self.bank.draw(n, config, generator)
-        t = torch.randint(len(self.noise_schedule), (n,), generator=generator).to(self.device)
-        noise = torch.randn(x0.shape, generator=generator).to(self.device)
+        x_t, t, noise = diffuse(x0, self.noise_schedule, generator)
+        x_t = x_t.to(self.dtype)
         template = torch.randint(len(self.text) - 1, (n,), generator=generator)
         no_text = torch.rand(n, generator=generator) < config.drop_text
         active = (torch.rand(n, generator=generator) >= config.drop_injection).to(self.device)
         states = self.text[torch.where(no_text, len(self.text) - 1, template)]
-        alpha = self.noise_schedule[t].view(-1, 1, 1, 1)
-        x_t = (alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise).to(self.dtype)
         ones = torch.ones(n, device=self.device)
         maps = config.attention_loss != "off"
         with torch.autocast(self.device.split(":")[0], self.autocast, enabled=self.autocast != torch.float32):
@@ -283,13 +285,6 @@ class _Loss:
             denoising, copy_maps, injection.maps, config.gamma, config.attention_loss, config.attention_gradient
         )
         return value, {"denoising": denoising.item(), "consistency": consistency.item()}
-
-
-def _alphas(family: Family) -> Tensor:
-    """The family's cumulative alphas (T,)."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(family.scheduler_config).alphas_cumprod
 
 
 register(P3S())

@@ -26,12 +26,29 @@ def base_view(mask: Tensor) -> View:
 
     mask (H, W) bool.
     """
+    return _around(mask, min(mask.shape))
+
+
+def close_view(mask: Tensor, margin: float = 0.1) -> View:
+    """The square around the subject with a margin on each side, relative to the subject; never beyond `base_view`.
+
+    mask (H, W) bool.
+    """
+    top, bottom, left, right = _box(mask)
+    side = (1 + 2 * margin) * max(bottom - top, right - left)
+    return _around(mask, min(side, *mask.shape))
+
+
+def _box(mask: Tensor) -> tuple[int, int, int, int]:
+    """Top, bottom, left, right of what is masked; of the whole photo if nothing is."""
+    rows, columns = torch.where(mask if mask.any() else torch.ones_like(mask))
+    return int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
+
+
+def _around(mask: Tensor, side: float) -> View:
+    """The square of this side inside the photo that is nearest to the subject's middle; the whole photo if it is too small."""
     height, width = mask.shape
-    rows, columns = torch.where(mask)
-    if len(rows) == 0:
-        return View(width / 2, height / 2, max(height, width))
-    top, bottom, left, right = rows.min().item(), rows.max().item() + 1, columns.min().item(), columns.max().item() + 1
-    side = min(height, width)
+    top, bottom, left, right = _box(mask)
     if max(bottom - top, right - left) > side:
         return View(width / 2, height / 2, max(height, width))
     x = min(max((left + right) / 2, side / 2), width - side / 2)

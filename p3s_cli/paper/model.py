@@ -38,7 +38,7 @@ class P3SControl(nn.Module):
         layers = unet.config.layers_per_block
         self.config = config
         self.copy = build_copy(unet)
-        self.rngr = RNGREncoder(unet.config.in_channels, vision_width)
+        self.rngr = RNGREncoder(unet.config.in_channels, vision_width) if config.rngr else None
         self.self_layers = attention_layers(unet, "attn1")
         self.cross_layers = attention_layers(unet, "attn2")
         self.speaks_to = {name: copy_name(name, layers) for name in (*self.self_layers, *self.cross_layers)}
@@ -67,7 +67,8 @@ class P3SControl(nn.Module):
         """
         wanted = frozenset(self.map_layers) if maps else frozenset()
         recording = Recording(wanted=frozenset(self.speaks_to[n] for n in wanted))
-        self.copy(x_t + self.rngr(latent, vision), t, text, cross_attention_kwargs={"p3s": recording})
+        biased = latent if self.rngr is None else self.rngr(latent, vision)
+        self.copy(x_t + biased, t, text, cross_attention_kwargs={"p3s": recording})
         injection = Injection(
             features={n: self.zero_self[_key(n)](recording.self_inputs[self.speaks_to[n]]) for n in self.self_layers},
             cross={n: self.zero_cross[_key(n)](recording.cross_outputs[self.speaks_to[n]]) for n in self.cross_layers},

@@ -19,16 +19,16 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 def pack(values: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 of any shape -> float8 codes (K, 256) and scales (K, 1)."""
+    """fp32 of any shape -> float8 codes (K, 256), as bytes, and scales (K, 1)."""
     flat = values.flatten()
     blocks = F.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
     scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30) / _LARGEST
-    return (blocks / scale).to(torch.float8_e4m3fn), scale
+    return (blocks / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
 
 
 def unpack(codes: Tensor, scale: Tensor, like: Tensor) -> Tensor:
     """The inverse of `pack`, up to float8's rounding (one part in 16), in the shape of `like`."""
-    return (codes.float() * scale).flatten()[: like.numel()].view(like.shape)
+    return (codes.view(torch.float8_e4m3fn).float() * scale).flatten()[: like.numel()].view(like.shape)
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:

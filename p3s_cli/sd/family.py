@@ -97,7 +97,7 @@ class Family:
             raise InputError(
                 f"no vision tower is called {name!r}; use clip, {', '.join(_TOWERS)}, a folder or a hub id"
             )
-        model = hub.from_pretrained(AutoModel, where, use_safetensors=True)
+        model = hub.from_pretrained(AutoModel, where, use_safetensors=True, trust_remote_code=False)
         return VisionTower(self._frozen(getattr(model, "vision_model", model)), *_statistics(where))
 
     @cached_property
@@ -141,6 +141,12 @@ class Family:
         checker = self._load(StableDiffusionSafetyChecker, self.profile.part("safety_checker"))
         processor = hub.from_pretrained(CLIPImageProcessor, self.profile.base, "feature_extractor")
         return self._frozen(checker), processor
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the family lies, if it is a folder: its own metric models are looked for in it."""
+        path = Path(self.profile.base)
+        return path if path.is_dir() else None
 
     def fingerprint(self) -> str:
         """sha256 over the files of U-Net, VAE and text encoder: what a trained control belongs to."""

@@ -82,7 +82,7 @@ def from_pretrained(
     for given in tries:
         try:
             return kind.from_pretrained(where, local_files_only=True, **given, **options)
-        except (OSError, ValueError, KeyError) as caught:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as caught:
             error = error or caught
     if Path(where).exists():
         raise InputError(

@@ -5,9 +5,11 @@ Pixels are float tensors (3, H, W) in [0, 1]; latents (4, H/8, W/8), scaled as t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,26 +31,41 @@ def load_image(path: Path) -> Image.Image:
 
     Raises InputError naming the file if it is absent, no JPEG, PNG or WebP, broken, tiny or huge.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(
-                    f"{path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 1_000_000} million; make it smaller"
-                )
-            image.load()
-            upright = _rgb(ImageOps.exif_transpose(image))
-            upright.info = {}  # nothing but pixels leaves here: no EXIF, GPS, XMP or comment
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not a JPEG, PNG or WebP image that can be read") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as an image ({error})") from error
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; give a JPEG, PNG or WebP image")
+    with _opened(path, FORMATS) as image:
+        if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
+            raise InputError(f"{path} is animated; give one frame of it")
+        image.load()
+        upright = _rgb(ImageOps.exif_transpose(image))
+        upright.info = {}  # nothing but pixels leaves here: no EXIF, GPS, XMP or comment
     if min(upright.size) < MIN_SIDE:
         raise InputError(
             f"{path} has {upright.width} x {upright.height} pixels; a reference needs at least {MIN_SIDE} on each side"
         )
     return upright
+
+
+@contextlib.contextmanager
+def _opened(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """An image file of one of the formats, not too large to be unpacked. InputError for all that goes wrong with it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
+            with Image.open(path, formats=formats) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise InputError(
+                        f"{path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 1_000_000} million; make it smaller"
+                    )
+                yield image
+    except InputError:
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not a JPEG, PNG or WebP image that can be read") from error
+    except Exception as error:  # whatever a parser runs into in a file that anyone may have made
+        raise InputError(f"{path} cannot be read as an image ({error})") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -89,13 +106,14 @@ def save_png(
 
 
 def read_metadata(path: Path) -> dict | None:
-    """The `p3s` JSON of a PNG that we wrote; None for any other file."""
+    """The `p3s` JSON of a PNG that we wrote and that is whole; None for any other file."""
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with _opened(path, ("PNG",)) as image:
             image.load()
-            return json.loads(image.info["p3s"])
-    except (OSError, KeyError, ValueError, SyntaxError):
+            metadata = json.loads(image.info["p3s"])
+    except InputError:
         return None
+    return metadata if isinstance(metadata, dict) else None
 
 
 @torch.no_grad()
@@ -107,6 +125,22 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor, together: int = 4) -> Tensor:
-    """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [0, 1], float32 on the CPU, `together` at a time."""
-    raw = (latents / vae.config.scaling_factor).to(vae.device, vae.dtype)
-    return torch.cat([vae.decode(z).sample.float().cpu() for z in raw.split(together)]).div(2).add(0.5).clamp(0, 1)
+    """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [0, 1], float32 on the CPU, `together` at a time.
+
+    What overflows in the autoencoder's own precision is decoded again in float32. NaN stays where that
+    does not help, and is never clamped to a colour.
+    """
+    raw = latents / vae.config.scaling_factor
+    decoded = torch.cat([_decode(vae, z) for z in raw.split(together)])
+    bad = ~torch.isfinite(decoded).all(dim=(1, 2, 3))
+    if bad.any() and vae.dtype != torch.float32:
+        dtype = vae.dtype
+        try:
+            decoded[bad] = torch.cat([_decode(vae.float(), z) for z in raw[bad.to(raw.device)].split(1)])
+        finally:
+            vae.to(dtype)
+    return torch.where(torch.isfinite(decoded), decoded.div(2).add(0.5).clamp(0, 1), torch.nan)
+
+
+def _decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    return vae.decode(latents.to(vae.device, vae.dtype)).sample.float().cpu()

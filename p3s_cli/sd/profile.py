@@ -6,7 +6,7 @@ A `p3s.json` beside the weights says it, or `profiles/sd15.json` where there is 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,15 @@ class Profile:
     finetune: dict[str, float]
     guidance: float
     nouns: tuple[str, ...]
+    protocol: str  # how `p3s eval` scores where nothing else is asked for
+    prompts: tuple[str, ...]  # what `p3s eval` draws of a subject: [V] stands for it, {} for its class word
+    # settings by method, where this family needs others than a method's published ones
+    methods: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, **overrides: Any) -> Profile:
         data = json.loads(path.read_text()) | overrides
-        return cls(**data | {name: tuple(data[name]) for name in ("nouns", "feature_layers")})
+        return cls(**data | {name: tuple(data[name]) for name in ("nouns", "prompts", "feature_layers")})
 
     @property
     def single(self) -> bool:

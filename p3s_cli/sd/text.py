@@ -20,6 +20,10 @@ def identify(prompt: str, identifier: str, *others: str) -> str:
 
     Raises InputError for a subject the prompt says nowhere, and for a place that has no subject.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt {prompt!a:.80} is not valid Unicode text; type it again") from error
     identifiers = (identifier, *others)
     if not others:
         prompt = prompt.replace(PLACEHOLDER, "[V1]")
@@ -54,10 +58,15 @@ def check_identifier_survives(tokenizer: CLIPTokenizer, prompt: str, identifier:
         )
 
 
-@torch.no_grad()
-def encode(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
-    """Text states (B, 77, D)."""
+def states(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
+    """Text states (B, 77, D), with a gradient if anything in the text encoder asks for one."""
     tokens = tokenizer(
         list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     )
     return text_encoder(tokens.input_ids.to(text_encoder.device)).last_hidden_state
+
+
+@torch.no_grad()
+def encode(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
+    """Text states (B, 77, D)."""
+    return states(tokenizer, text_encoder, prompts)

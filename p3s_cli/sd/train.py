@@ -6,6 +6,7 @@ from a checkpoint is the run that was never interrupted.
 
 from __future__ import annotations
 
+import collections
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -15,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from p3s_cli import signals
 from p3s_cli.config import Optimizer
 from p3s_cli.errors import P3SError
+from p3s_cli.sd import checkpoints
 from p3s_cli.sd.adamw8 import AdamW8
-from p3s_cli.sd.weights import load_tensors, save_tensors
 
 # A loss takes the step and its generator and returns the scalar to minimise and numbers worth logging.
 Loss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
@@ -44,7 +46,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where and how often (in seconds) the state of a run is kept."""
+    """The folder in which the state of a run is kept (`checkpoints`), and how often, in seconds."""
 
     path: Path
     every: float = 120.0
@@ -52,6 +54,7 @@ class Checkpoint:
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "root", "root_scale")
 _SKIPPED_IN_A_ROW = 20  # non-finite steps before a run is given up
+_RECENT = 50  # steps over which reported numbers are averaged
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -78,35 +81,38 @@ def train(
 ) -> dict[str, Tensor]:
     """Minimise `loss` over the named parameters, in place.
 
-    Resumes from `checkpoint` if its file exists, stops before step `until` (a piece of a longer run)
-    or at the recipe's end. Returns the weights to keep: the running average if the recipe has one.
-    A step whose loss or gradient is not finite is skipped and counted; P3SError after 20 in a row.
+    Resumes from `checkpoint` if there is one, stops before step `until` (a piece of a longer run) or at
+    the recipe's end. `on_step` hears the means over the last 50 steps and how many were `skipped`: those
+    whose loss or gradient was not finite. P3SError after 20 of these in a row. SIGINT and SIGTERM wait
+    for the step to end and the checkpoint to be written. Returns the weights to keep: the running average
+    if the recipe has one.
     """
     run = _Run(parameters, recipe)
-    if checkpoint and checkpoint.path.exists():
-        run.restore(checkpoint.path)
-    saved, skipped = time.monotonic(), 0
-    end = min(recipe.steps, until if until is not None else recipe.steps)
-    while run.step < end:
-        value, log = loss(run.step, step_generator(recipe.seed, run.step))
-        applied = run.apply(value)
-        skipped = 0 if applied else skipped + 1
-        if skipped == _SKIPPED_IN_A_ROW:
-            raise P3SError(
-                f"training stopped at step {run.step}: the loss was not finite {skipped} times in a row; lower the learning rate"
-            )
-        if on_step:
-            on_step(run.step, recipe.steps, {"loss": value.item(), **log})
-        if checkpoint and time.monotonic() - saved > checkpoint.every:
-            run.save(checkpoint.path)
-            saved = time.monotonic()
+    tell = on_step or (lambda step, total, numbers: None)
     if checkpoint:
-        run.save(checkpoint.path)
+        checkpoint.path.mkdir(parents=True, exist_ok=True)
+        if run.restore(checkpoint.path):
+            tell(run.step, recipe.steps, run.numbers())
+    saved, end = time.monotonic(), min(recipe.steps, until if until is not None else recipe.steps)
+    with signals.deferred() as asked_to_stop:
+        while run.step < end and not asked_to_stop():
+            value, log = loss(run.step, step_generator(recipe.seed, run.step))
+            run.apply(value, log)
+            if run.in_a_row == _SKIPPED_IN_A_ROW:
+                raise P3SError(
+                    f"training stopped at step {run.step}: loss or gradient was not finite {run.in_a_row} times in a row; lower the learning rate"
+                )
+            tell(run.step, recipe.steps, run.numbers())
+            if checkpoint and time.monotonic() - saved > checkpoint.every:
+                run.save(checkpoint.path)
+                saved = time.monotonic()
+        if checkpoint:
+            run.save(checkpoint.path)
     return run.weights()
 
 
 class _Run:
-    """Parameters, optimiser, running average and step count: what a checkpoint holds."""
+    """Parameters, optimiser, running average, counts and recent numbers: what a checkpoint holds."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: Recipe):
         self.parameters, self.recipe, self.step = dict(parameters), recipe, 0
@@ -119,12 +125,14 @@ class _Run:
             self.optimizer = torch.optim.AdamW(groups, **options, fused=fused)
         self.base_rates = [g["lr"] for g in self.optimizer.param_groups]
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if recipe.ema else {}
+        self.skipped, self.in_a_row = 0, 0  # steps that were not finite
+        self.recent: collections.deque[dict[str, float]] = collections.deque(maxlen=_RECENT)
 
     def _scale(self, name: str) -> float:
         return next((factor for prefix, factor in self.recipe.lr_scale if name.startswith(prefix)), 1.0)
 
-    def apply(self, value: Tensor) -> bool:
-        """One optimiser step. False, with nothing changed but the count, if anything was not finite."""
+    def apply(self, value: Tensor, log: dict[str, float]) -> None:
+        """One optimiser step; nothing changes but the counts if anything was not finite."""
         self.optimizer.zero_grad(set_to_none=True)
         finite = bool(torch.isfinite(value))
         if finite:
@@ -137,8 +145,15 @@ class _Run:
                 group["lr"] = rate * factor
             self.optimizer.step()
             self._average()
+            self.recent.append({"loss": value.item(), **log})
         self.step += 1
-        return finite
+        self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1
+
+    def numbers(self) -> dict[str, float]:
+        """Means of the recent numbers, and the steps skipped so far."""
+        names = self.recent[-1] if self.recent else ()
+        means = {n: sum(r[n] for r in self.recent) / len(self.recent) for n in names}
+        return means | {"skipped": self.skipped}
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -149,19 +164,31 @@ class _Run:
     def weights(self) -> dict[str, Tensor]:
         return {n: t.detach().clone() for n, t in (self.ema or self.parameters).items()}
 
-    def save(self, path: Path) -> None:
+    def save(self, folder: Path) -> None:
+        """Raises P3SError, keeping what is on disk, if a parameter is not finite any more."""
+        if not all(torch.isfinite(p).all() for p in self.parameters.values()):
+            raise P3SError(
+                f"training stopped at step {self.step}: the weights are not finite any more; lower the learning rate"
+            )
         state = {f"param/{n}": p for n, p in self.parameters.items()} | {f"ema/{n}": t for n, t in self.ema.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"{key}/{name}"] = torch.as_tensor(value)
-        save_tensors(path, state, {"step": self.step})
+        counts = {"step": self.step, "skipped": self.skipped, "in_a_row": self.in_a_row}
+        checkpoints.commit(folder, self.step, state, counts | {"recent": list(self.recent)})
 
     @torch.no_grad()
-    def restore(self, path: Path) -> None:
-        state, metadata = load_tensors(path)
-        if {k for k in state if k.startswith("param/")} != {f"param/{n}" for n in self.parameters}:
-            raise P3SError(f"{path} is a checkpoint of another model; remove it to begin again")
-        self.step = int(metadata["step"])
+    def restore(self, folder: Path) -> bool:
+        """Take up the newest whole state in the folder; False if there is none."""
+        found = checkpoints.newest(folder)
+        if found is None:
+            return False
+        state, metadata = found
+        shapes = {k[6:]: v.shape for k, v in state.items() if k.startswith("param/")}
+        if shapes != {n: p.shape for n, p in self.parameters.items()}:
+            raise P3SError(f"{folder} is a checkpoint of another model; remove it to begin again")
+        self.step, self.skipped, self.in_a_row = (int(metadata[n]) for n in ("step", "skipped", "in_a_row"))
+        self.recent.extend(metadata["recent"])
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"param/{name}"])
             if name in self.ema:
@@ -170,3 +197,4 @@ class _Run:
             if moments:  # the count stays on the CPU, where both optimisers read it
                 on_device = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
                 self.optimizer.state[parameter] = on_device
+        return True

@@ -4,6 +4,7 @@ Each stage reads and writes a subject directory (`subject.py`), does nothing whe
 changed (unless `force`), and reports through `on_progress(what, done, total)`. Nothing here prints.
 """
 
+from p3s_cli.stages.clicks import PhotoClicks, read_clicks
 from p3s_cli.stages.generating import GenerateResult, generate
 from p3s_cli.stages.masking import MaskResult, grid, mask, mask_many
 from p3s_cli.stages.progress import Progress
@@ -16,6 +17,7 @@ __all__ = [
     "GenerateResult",
     "ImportResult",
     "MaskResult",
+    "PhotoClicks",
     "Progress",
     "export_subject",
     "finetune",
@@ -24,4 +26,5 @@ __all__ = [
     "import_subject",
     "mask",
     "mask_many",
+    "read_clicks",
 ]

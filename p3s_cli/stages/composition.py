@@ -34,6 +34,15 @@ class Composition:
             tuple((_existing(Path(name)), strength) for name, strength in map(_weighted, lora or ())),
         )
 
+    def check(self, subjects: Sequence[Subject]) -> None:
+        """Raises InputError if something joins a subject that another method than P3S was taught."""
+        other = next((s for s in subjects if s.method != "p3s"), None)
+        if other is not None and (self.also or self.control or self.lora):
+            raise InputError(
+                f"{other.root} is tuned by {other.method}, which nothing can join; leave out --also, --control "
+                "and --lora, or tune it with p3s"
+            )
+
     def record(self) -> dict[str, Any]:
         """Everything an image depends on, by content; empty if nothing joins."""
         parts = {

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from p3s_cli import __version__
+from p3s_cli import __version__, methods
 from p3s_cli import config as settings
 from p3s_cli.errors import InputError, P3SError
-from p3s_cli.methods import base as methods
+from p3s_cli.lock import one_writer
+from p3s_cli.methods.base import Generator
 from p3s_cli.methods.memory import choose
-from p3s_cli.methods.p3s import Part
+from p3s_cli.methods.p3s import P3S, Part
 from p3s_cli.sd import a1111, controlnet, images, lora, safety, sample, text
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.stages.composition import Composition, parse_size
 from p3s_cli.stages.output import Output
 from p3s_cli.stages.progress import Progress, silent
+from p3s_cli.stages.tuning import CONTROL
 from p3s_cli.subject import Subject
 
 
@@ -39,6 +42,7 @@ class GenerateResult:
     unchanged: bool
 
 
+@one_writer
 def generate(
     subject_dir: Path | str,
     prompt: str,
@@ -71,7 +75,8 @@ def generate(
     `guidance` is the text's strength, `subject_guidance` the subject's. `also` names further subjects
     (`cat=0.8`; the prompt then says [V1], [V2], ...), `control` ControlNets (`canny=edges.png=0.7`), `lora`
     LoRAs (`style.safetensors=0.6`), `size` is `WIDTHxHEIGHT`, `references` how many of each subject's
-    references are shown to it. `metadata` puts the settings into each PNG. Raises InputError before the
+    references are shown to it. They are made by the method the subject was tuned with; `schedule`, `also`,
+    `control`, `lora` and `references` are P3S's alone. `metadata` puts the settings into each PNG. Raises InputError before the
     subject is tuned, after it has changed, for a prompt without [V], and for unknown names.
     """
     report = on_progress or silent
@@ -89,6 +94,8 @@ def generate(
         one.check_masks()
         one.tuned()
     tuned = subject.tuned()
+    methods.get(subject.method)
+    joined.check(subjects)
     report("loading the models", 0, 1)
     family = family or load(model or tuned.settings["base"], device, dtype, tuned.settings.get("vision"))
     for one in subjects:
@@ -103,7 +110,7 @@ def generate(
     parameters = _parameters(family, words, sampling, joined)
     profile = choose(memory, family.profile, family.device, family.dtype)[1] if missing else None
     for s, picture, verdict in _sample(
-        family, subject, joined, words, sampling, missing, profile, safety_checker, report
+        family, subject, joined, words, sampling, seeds, missing, profile, safety_checker, report
     ):
         output.save(s, images.to_pil(picture), verdict, parameters(s))
     if missing or not output.grid.is_file():
@@ -151,26 +158,33 @@ def _sample(
     words: str,
     sampling: settings.GenerateConfig,
     seeds: Sequence[int],
+    missing: Sequence[int],
     memory: settings.MemoryProfile | None,
     safety_checker: bool,
     report: Progress,
 ) -> Iterator[tuple[int, Tensor, str]]:
-    """Yield (seed, image (3, H, W), safety) as each batch is done; nothing is loaded if no seed is asked for."""
-    if not seeds or memory is None:
+    """Yield (seed, image (3, H, W), safety) of the missing seeds as each batch is done; nothing is loaded if none is.
+
+    Batches are cut from all seeds, because in a batch of another size a kernel may round otherwise. Raises
+    P3SError in the end, naming the seeds, if images came out with numbers that are not finite.
+    """
+    if not missing or memory is None:
         return
     if safety_checker:
         safety.ready(family)
     height, width = sampling.size or (family.profile.image_size,) * 2
     latent = (family.unet.config.out_channels, height // 8, width // 8)
-    parts = [_part(s, strength) for s, strength in ((subject, 1.0), *joined.also)]
     guides = [
         controlnet.load_guide(family, name, images.load_image(path), strength, (height, width))
         for name, path, strength in joined.control
     ]
-    with methods.get("p3s").bind_many(family, parts, sampling) as generator, lora.applied(family, joined.lora):
+    failed: list[int] = []
+    with _bound(family, subject, joined, sampling) as generator, lora.applied(family, joined.lora):
         states, empty = generator.encode([words, sampling.negative_prompt]).split(1)
         for first in range(0, len(seeds), memory.images):
             batch = seeds[first : first + memory.images]
+            if not set(batch) & set(missing):
+                continue
             with _resting(family, memory.offload):
                 latents = sample.sample(
                     generator.eps,
@@ -185,14 +199,35 @@ def _sample(
                     _step_report(report, first, len(batch), len(seeds)),
                     controlnet.speaker(guides),
                 )
-            decoded = _finite(images.decode(family.vae, latents, memory.images), batch)
-            checked, verdicts = safety.check(family, decoded) if safety_checker else (decoded, ["off"] * len(batch))
-            yield from zip(batch, checked, verdicts, strict=True)
+            decoded = images.decode(family.vae, latents, memory.images)
+            finite = torch.isfinite(decoded).flatten(1).all(1)
+            failed += [s for s, whole in zip(batch, finite, strict=True) if not whole]
+            wanted = [i for i, s in enumerate(batch) if s in missing and finite[i]]
+            if wanted:
+                checked, verdicts = safety.check(family, decoded[wanted]) if safety_checker else (decoded[wanted], None)
+                yield from zip([batch[i] for i in wanted], checked, verdicts or ["off"] * len(wanted), strict=True)
+    if failed:
+        raise P3SError(f"the images of seeds {failed} came out with numbers that are not finite; try --dtype float32")
+
+
+def _bound(
+    family: Family, subject: Subject, joined: Composition, sampling: settings.GenerateConfig
+) -> AbstractContextManager[Generator]:
+    """The subject under the method it was tuned with; several, under P3S."""
+    if subject.method == "p3s":
+        parts = [_part(s, strength) for s, strength in ((subject, 1.0), *joined.also)]
+        return P3S().bind_many(family, parts, sampling)
+    tensors, metadata = _read(subject)
+    return methods.get(subject.method).bind(family, subject, tensors, metadata["config"], sampling)
+
+
+def _read(subject: Subject) -> tuple[dict[str, Tensor], dict]:
+    return load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
 
 
 def _part(subject: Subject, strength: float) -> Part:
-    tensors, metadata = load_tensors(subject.path("control/control.safetensors"))
-    return Part(subject, tensors, settings.ControlConfig(**metadata["config"]["control"]), strength)
+    tensors, metadata = _read(subject)
+    return Part(subject, tensors, settings.read_control(metadata["config"]), strength)
 
 
 @contextlib.contextmanager
@@ -211,11 +246,3 @@ def _step_report(report: Progress, first: int, count: int, total: int) -> Callab
     return lambda step, steps: report(
         f"images {first + 1}-{first + count} of {total}", first * steps + step * count, total * steps
     )
-
-
-def _finite(decoded: Tensor, seeds: Sequence[int]) -> Tensor:
-    if not torch.isfinite(decoded).all():
-        raise P3SError(
-            f"the images of seeds {list(seeds)} came out with numbers that are not finite; try --dtype float32"
-        )
-    return decoded

@@ -11,6 +11,7 @@ from PIL import Image
 from p3s_cli import config as settings
 from p3s_cli import pictures
 from p3s_cli.errors import InputError
+from p3s_cli.lock import writing
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
 from p3s_cli.stages import reference as work
@@ -68,34 +69,36 @@ def mask(
     mask_config, _ = settings.preset(preset)
     picture = images.load_image(photo)
     clicks = work.Clicks.read(positive, negative, box, *picture.size)
-    subject = Subject.open(root) if Subject.exists(root) else None
-    family = family or load(subject.manifest.model if subject else model, device, dtype, inpainter=inpainter)
-    report("loading the vision tower", 0, 3)
-    tower = family.mask_tower(vision)
-    if subject is None:
-        manifest = Manifest(class_word="?", identifier=family.profile.identifier, model=family.source)
-        subject = Subject(root, manifest)
-    reference = _reference_for(subject, picture, clicks)
-    options = settings.as_settings(mask_config) | {
-        "preset": preset,
-        "vision": vision,
-        "vision_fingerprint": tower.fingerprint,
-        "inpainter": family.profile.inpainter,
-    }
-    stage = Stage(inputs=subject.mask_inputs(reference, options), settings=options, seed=seed, artifacts={})
-    unchanged = not force and _is_made(subject, reference, stage)
-    if not unchanged:
-        report("finding the masks", 1, 3)
-        made = work.make(family, tower, picture, clicks, mask_config, seed)
-        report("writing", 2, 3)
-        reference.mask = work.write(subject, reference, picture, made, stage)
-    _name(subject, family, picture, reference, class_word)
-    subject.save()
-    report("done", 3, 3)
-    result = _result(subject, reference, unchanged)
-    return (
-        replace(result, pictures=(*result.pictures, work.write_maps(subject, reference, picture))) if maps else result
-    )
+    with writing(root, "p3s mask"):
+        subject = Subject.open(root) if Subject.exists(root) else None
+        family = family or load(subject.manifest.model if subject else model, device, dtype, inpainter=inpainter)
+        report("loading the vision tower", 0, 3)
+        tower = family.mask_tower(vision)
+        if subject is None:
+            manifest = Manifest(class_word="?", identifier=family.profile.identifier, model=family.source)
+            subject = Subject(root, manifest)
+        reference = _reference_for(subject, picture, clicks)
+        options = settings.as_settings(mask_config) | {
+            "preset": preset,
+            "vision": vision,
+            "vision_fingerprint": tower.fingerprint,
+            "inpainter": family.profile.inpainter,
+        }
+        stage = Stage(inputs=subject.mask_inputs(reference, options), settings=options, seed=seed, artifacts={})
+        unchanged = not force and _is_made(subject, reference, stage)
+        with subject.changing() as folder:
+            if not unchanged:
+                report("finding the masks", 1, 3)
+                made = work.make(family, tower, picture, clicks, mask_config, seed)
+                report("writing", 2, 3)
+                reference.mask = work.write(folder, reference, picture, made, stage)
+                _guess(subject, family, picture, made)
+            if class_word:
+                subject.manifest.class_word, subject.manifest.class_score = class_word, None
+        report("done", 3, 3)
+        result = _result(subject, reference, unchanged)
+        drawn = (work.write_maps(subject, reference, picture),) if maps else ()
+        return replace(result, pictures=(*result.pictures, *drawn))
 
 
 def _is_made(subject: Subject, reference: Reference, stage: Stage) -> bool:
@@ -123,12 +126,10 @@ def _reference_for(subject: Subject, picture: Image.Image, clicks: work.Clicks) 
     return reference
 
 
-def _name(subject: Subject, family: Family, picture: Image.Image, reference: Reference, word: str | None) -> None:
-    """The class word that was given, or at first CLIP's guess."""
-    if word:
-        subject.manifest.class_word, subject.manifest.class_score = word, None
-    elif subject.manifest.class_word == "?":
-        guess, score = work.guess_class(family, picture, subject, reference)
+def _guess(subject: Subject, family: Family, picture: Image.Image, made: work.Masked) -> None:
+    """CLIP's guess of the class word, for a subject that has none yet."""
+    if subject.manifest.class_word == "?":
+        guess, score = work.guess_class(family, picture, made.selection.subject)
         subject.manifest.class_word, subject.manifest.class_score = guess, score
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from p3s_cli import pictures
 from p3s_cli.atomic import sha256
 from p3s_cli.sd import images
-from p3s_cli.subject import Stage, Subject, digest
+from p3s_cli.subject import Stage, Subject, digest, hashes
 
 
 class Output:
@@ -26,15 +26,13 @@ class Output:
         self._verdicts: dict[int, str] = {}
 
     def made(self, seed: int) -> bool:
-        """Whether the image of this seed is there, with the metadata that is wanted and no other."""
-        known = images.read_metadata(self.paths[seed])
-        if self.metadata:
-            return known is not None and self._without_verdict(known) == self.record | {"seed": seed}
-        name = self._name(self.paths[seed])
-        return known is None and any(
-            name in stage.artifacts and self.paths[seed].is_file() and sha256(self.paths[seed]) == stage.artifacts[name]
-            for stage in self._stages()
-        )
+        """Whether the image of this seed is there as it was made, with the metadata that is wanted and no other."""
+        path, known = self.paths[seed], images.read_metadata(self.paths[seed])
+        recorded = self._artifacts().get(self._name(path))
+        whole = path.is_file() and recorded in (None, sha256(path))
+        if not self.metadata:
+            return whole and known is None and recorded is not None
+        return whole and known is not None and self._without_verdict(known) == self.record | {"seed": seed}
 
     def save(self, seed: int, image: Image.Image, verdict: str, parameters: str) -> None:
         self._verdicts[seed] = verdict
@@ -42,17 +40,18 @@ class Output:
         images.save_png(self.paths[seed], image, known, parameters if self.metadata else None)
 
     def finish(self, heading: str) -> None:
-        """Write the grid, and what was made into the manifest."""
+        """Write the grid and the manifest's record together: where there is a grid, its images are recorded."""
         tiles = [(f"seed {s}", images.load_image(self.paths[s])) for s in self.seeds]
-        images.save_png(self.grid, pictures.sheet([(heading, tiles)], self.record["prompt"]))
-        names = [self._name(p) for p in (*self.paths.values(), self.grid)]
+        sheet = pictures.sheet([(heading, tiles)], self.record["prompt"])
+        names, grid = [self._name(p) for p in self.paths.values()], self._name(self.grid)
         inputs, seed = digest(self.record), self.seeds[0]
-        result = {"safety": dict(zip(names, self.safety(), strict=False))}
-        artifacts = self.subject.record(*names)
-        stage = Stage(inputs=inputs, settings=self.record, seed=seed, artifacts=artifacts, result=result)
-        others = [g for g in self.subject.manifest.generated if g.inputs != inputs or g.seed != seed]
-        self.subject.manifest.generated = [*others, stage]
-        self.subject.save()
+        result = {"safety": dict(zip(names, self.safety(), strict=True))}
+        with self.subject.changing() as folder:
+            images.save_png(folder / grid, sheet)
+            artifacts = hashes(self.subject.root, *names) | hashes(folder, grid)
+            stage = Stage(inputs=inputs, settings=self.record, seed=seed, artifacts=artifacts, result=result)
+            others = [g for g in self.subject.manifest.generated if g.inputs != inputs or g.seed != seed]
+            self.subject.manifest.generated = [*others, stage]
 
     def safety(self) -> tuple[str, ...]:
         """The safety checker's word on each image, as it was when the image was made."""
@@ -62,6 +61,9 @@ class Output:
         known = images.read_metadata(self.subject.path(name)) or {}
         told = [stage.result.get("safety", {}).get(name) for stage in self._stages()]
         return known.get("safety") or next((verdict for verdict in told if verdict), "off")
+
+    def _artifacts(self) -> dict[str, str]:
+        return {name: sha for stage in self._stages() for name, sha in stage.artifacts.items()}
 
     def _stages(self) -> list[Stage]:
         inputs = digest(self.record)

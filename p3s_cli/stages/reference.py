@@ -13,7 +13,7 @@ from torch import Tensor
 
 from p3s_cli import pictures
 from p3s_cli.config import MaskConfig
-from p3s_cli.errors import InputError
+from p3s_cli.errors import InputError, P3SError
 from p3s_cli.methods.views import base_view, look
 from p3s_cli.paper import points as points_as_printed
 from p3s_cli.paper.inpaint import Inpainted, fill_region, remove_negative
@@ -24,7 +24,7 @@ from p3s_cli.sd.inpaint import inpainting_filler
 from p3s_cli.sd.vision import VisionTower
 from p3s_cli.sd.weights import load_tensors, save_tensors
 from p3s_cli.segment.select import select
-from p3s_cli.subject import Reference, Stage, Subject, resolve_box, resolve_points
+from p3s_cli.subject import Reference, Stage, Subject, hashes, mask_layout, resolve_box, resolve_points
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,12 @@ class Clicks:
             wanted = [((limits[0] + limits[2]) / 2, (limits[1] + limits[3]) / 2)]
         if not wanted:
             raise InputError("no positive point was given; mark the subject with --pos X,Y or --box X0,Y0,X1,Y1")
+        pixels = {(int(x), int(y)) for x, y in unwanted}
         for x, y in wanted:
-            if (x, y) in unwanted:
-                raise InputError(f"the point {x:g},{y:g} is both positive and negative; put the negative one elsewhere")
+            if (int(x), int(y)) in pixels:
+                raise InputError(
+                    f"the point {x:g},{y:g} is both positive and negative; put the negative one elsewhere in the image, which is {width} wide and {height} high"
+                )
             if limits and not (limits[0] <= x <= limits[2] and limits[1] <= y <= limits[3]):
                 raise InputError(
                     f"the positive point {x:g},{y:g} lies outside the box; widen the box or move the point"
@@ -79,18 +82,53 @@ def make(
         for group in (clicks.positive, clicks.negative)
     )
     features = embed(pixels)
+    if not torch.isfinite(features).all():
+        raise P3SError("what the vision tower sees in the photo is not finite; try --dtype float32")
     if literal:
         selection = points_as_printed.select(features, positive, negative, size, config)
     else:
         selection = select(pixels, features, positive, negative, config)
     if clicks.box:
         selection = replace(selection, subject=selection.subject & box_mask(clicks.box, size))
+    _check_apart(selection, clicks)
+    selection = replace(
+        selection, warnings=tuple(dict.fromkeys([*selection.warnings, *_degenerate(selection, clicks)]))
+    )
     patch = max(picture.height / features.shape[0], picture.width / features.shape[1])
     region = fill_region(selection.subject, selection.negative, config.dilate * patch)
     filler = inpainting_filler(family) if region.any() else None
     inpainted = remove_negative(pixels, region, positive, embed, filler, seed, config.attempts)
     square = look(inpainted.image, base_view(selection.subject), family.profile.image_size)
     return Masked(selection, inpainted, images.encode(family.vae, square[None])[0])
+
+
+def _check_apart(selection: Selection, clicks: Clicks) -> None:
+    """Raises InputError if what a point marks holds a point of the other kind: then it tells nothing apart."""
+    height, width = selection.subject.shape
+    for name, other, mask, points in (
+        ("positive", "negative", selection.subject, clicks.negative),
+        ("negative", "positive", selection.negative, clicks.positive),
+    ):
+        for x, y in points:
+            if mask[int(y), int(x)]:
+                raise InputError(
+                    f"the {other} point {x:g},{y:g} lies in the same connected region as a {name} one (the image is "
+                    f"{width} wide and {height} high); move them further apart, or bound the subject with --box"
+                )
+
+
+def _degenerate(selection: Selection, clicks: Clicks) -> list[str]:
+    """Sentences about maps without contrast and masks without pixels."""
+    warnings = []
+    for name, points, similarity, mask in (
+        ("positive", clicks.positive, selection.positive_map, selection.subject),
+        ("negative", clicks.negative, selection.negative_map, selection.negative),
+    ):
+        if points and float(similarity.max() - similarity.min()) < 1e-3:
+            warnings.append(f"the similarity map of the {name} point has no contrast; its mask means little")
+        if points and not mask.any():
+            warnings.append(f"the mask of the {name} point is empty; put the point in the middle of what it marks")
+    return warnings
 
 
 def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> Tensor:
@@ -101,18 +139,18 @@ def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> T
     return inside
 
 
-def write(subject: Subject, reference: Reference, picture: Image.Image, made: Masked, stage: Stage) -> Stage:
-    """Write a reference's files; returns the stage's record, complete."""
+def write(folder: Path, reference: Reference, picture: Image.Image, made: Masked, stage: Stage) -> Stage:
+    """Write a reference's files under `folder`; returns the stage's record, complete."""
     selection, inpainted = made.selection, made.inpainted
     names = {n: f"{reference.folder}/{n}" for n in ("photo.png", "overlay.png", "inpainted.png", "mask.safetensors")}
     filled = images.to_pil(inpainted.image)
-    images.save_png(subject.path(names["photo.png"]), picture)
+    images.save_png(folder / names["photo.png"], picture)
     shown = pictures.overlay(
         picture, selection.subject.numpy(), selection.negative.numpy(), reference.positive, reference.negative
     )
-    images.save_png(subject.path(names["overlay.png"]), shown)
+    images.save_png(folder / names["overlay.png"], shown)
     images.save_png(
-        subject.path(names["inpainted.png"]),
+        folder / names["inpainted.png"],
         pictures.sheet([("", [("original", picture), (f"inpainted ({inpainted.filler})", filled)])]),
     )
     tensors = {
@@ -125,7 +163,7 @@ def write(subject: Subject, reference: Reference, picture: Image.Image, made: Ma
     }
     # the latent is a record for other tools; training encodes its own views of the pixels
     save_tensors(
-        subject.path(names["mask.safetensors"]),
+        folder / names["mask.safetensors"],
         tensors,
         {"stage": "mask", "settings": stage.settings, "positive": reference.positive, "negative": reference.negative},
     )
@@ -137,12 +175,12 @@ def write(subject: Subject, reference: Reference, picture: Image.Image, made: Ma
         "similarity_after": inpainted.after,
         "warnings": [*selection.warnings, *_filling_warnings(inpainted)],
     }
-    return stage.model_copy(update={"artifacts": subject.record(*names.values()), "result": result})
+    return stage.model_copy(update={"artifacts": hashes(folder, *names.values()), "result": result})
 
 
 def write_maps(subject: Subject, reference: Reference, picture: Image.Image) -> Path:
     """Eq. 1's maps over the photo, for the eye; no artifact that anything depends on."""
-    tensors, _ = load_tensors(subject.path(f"{reference.folder}/mask.safetensors"))
+    tensors, _ = load_tensors(subject.path(f"{reference.folder}/mask.safetensors"), mask_layout(reference))
     shown = [(n, pictures.heatmap(picture, tensors[f"{n}_map"].numpy())) for n in ("positive", "negative")]
     path = subject.path(f"{reference.folder}/maps.png")
     images.save_png(path, pictures.sheet([("similarity to the points", shown)]))
@@ -159,10 +197,11 @@ def _share(mask: Tensor) -> float:
     return round(mask.float().mean().item(), 4)
 
 
-def guess_class(family: Family, picture: Image.Image, subject: Subject, reference: Reference) -> tuple[str, float]:
-    """The family's noun that CLIP finds most like a square around the subject, with its softmax score."""
-    tensors, _ = load_tensors(subject.path(f"{reference.folder}/mask.safetensors"))
-    mask = tensors["subject"].bool()
+def guess_class(family: Family, picture: Image.Image, mask: Tensor) -> tuple[str, float]:
+    """The family's noun that CLIP finds most like a square around the subject, with its softmax score.
+
+    mask (H, W) bool.
+    """
     rows, columns = np.where(mask.numpy())
     pixels = images.to_tensor(picture)
     pad = round(0.15 * max(np.ptp(rows), np.ptp(columns))) + 4

@@ -19,14 +19,15 @@ from torch import Tensor
 from p3s_cli import config as settings
 from p3s_cli.errors import InputError
 from p3s_cli.methods import lowrank
+from p3s_cli.methods.photos import mask_tensors
 from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.weights import load_tensors, save_tensors
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import Manifest, Reference, Stage, Subject
+from p3s_cli.stages.tuning import CONTROL
+from p3s_cli.subject import Manifest, Reference, Stage, Subject, hashes
 
 FORMAT = 1
-_KEPT = ("inpainted", "subject")  # of a reference's mask.safetensors
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,16 @@ def export_subject(
     tuned = subject.tuned()
     family = family or load(model or tuned.settings["base"], device, vision=tuned.settings.get("vision"))
     subject.check_control(family.fingerprint())
+    if subject.method != "p3s":
+        raise InputError(f"{subject.root} is tuned by {subject.method}; only what p3s learnt is exported")
     report("factorising", 0, 1)
-    tensors, _ = load_tensors(subject.path("control/control.safetensors"))
+    tensors, _ = load_tensors(subject.path(CONTROL), sha=tuned.artifacts[CONTROL])
     parts = dict(tensors) if full else lowrank.split(tensors, family.unet, rank)
     error = lowrank.error(tensors, parts, family.unet)
     references = []
     for i, reference in enumerate(subject.manifest.references):
-        mask, _ = load_tensors(subject.path(f"{reference.folder}/mask.safetensors"))
-        parts |= {f"reference/{i}/{name}": _packed(mask[name]) for name in _KEPT}
+        mask = mask_tensors(subject, reference)
+        parts |= {f"reference/{i}/{n}": _packed(t) if t.dtype == torch.uint8 else t for n, t in mask.items()}
         references.append(reference.model_dump(exclude={"mask"}) | {"mask": reference.mask.settings})
     described = {
         "format": FORMAT,
@@ -124,18 +127,17 @@ def import_subject(
         class_word=described["class_word"], identifier=described["identifier"], model=described["model"]
     )
     subject = Subject(root, manifest)
-    for i, kept in enumerate(described["references"]):
-        manifest.references.append(_reference(subject, parts, i, kept))
-    name = "control/control.safetensors"
-    save_tensors(subject.path(name), control, {"method": "p3s", **tuned})
-    manifest.finetune = Stage(
-        inputs=subject.finetune_inputs(ours),
-        settings=tuned,
-        seed=described["seed"],
-        artifacts=subject.record(name),
-        result=described["result"] | {"imported_rank": described["rank"]},
-    )
-    subject.save()
+    with subject.changing() as folder:
+        for i, kept in enumerate(described["references"]):
+            manifest.references.append(_reference(subject, folder, parts, i, kept))
+        save_tensors(folder / CONTROL, control, tuned)
+        manifest.finetune = Stage(
+            inputs=subject.finetune_inputs(ours),
+            settings=tuned,
+            seed=described["seed"],
+            artifacts=hashes(folder, CONTROL),
+            result=described["result"] | {"imported_rank": described["rank"]},
+        )
     return ImportResult(root, manifest.class_word, tuned["base"])
 
 
@@ -149,17 +151,18 @@ def _shapes(tuned: dict, family: Family) -> dict[str, torch.Size]:
     """Of every tensor of a control with these settings on this base, without building one."""
     with torch.device("meta"):
         unet = type(family.unet).from_config(family.unet.config)
-        control = P3SControl(unet, family.vision.width, settings.ControlConfig(**tuned["config"]["control"]))
+        control = P3SControl(unet, family.vision.width, settings.read_control(tuned["config"]))
     return {name: parameter.shape for name, parameter in control.named_parameters()}
 
 
-def _reference(subject: Subject, parts: dict[str, Tensor], i: int, kept: dict) -> Reference:
-    reference = Reference(**kept | {"mask": None})
+def _reference(subject: Subject, folder: Path, parts: dict[str, Tensor], i: int, kept: dict) -> Reference:
+    reference, prefix = Reference(**kept | {"mask": None}), f"reference/{i}/"
     name = f"{reference.folder}/mask.safetensors"
-    unpacked = {n: _unpacked(parts[f"reference/{i}/{n}"]) for n in _KEPT}
-    save_tensors(subject.path(name), unpacked, {"stage": "import"})
+    found = {n.removeprefix(prefix): t for n, t in parts.items() if n.startswith(prefix)}
+    unpacked = {n: _unpacked(t) if t.dtype == torch.uint8 else t for n, t in found.items()}
+    save_tensors(folder / name, unpacked, {"stage": "import"})
     inputs = subject.mask_inputs(reference, kept["mask"])
-    reference.mask = Stage(inputs=inputs, settings=kept["mask"], seed=0, artifacts=subject.record(name))
+    reference.mask = Stage(inputs=inputs, settings=kept["mask"], seed=0, artifacts=hashes(folder, name))
     return reference
 
 

@@ -1,36 +1,47 @@
-"""Stage two: the masked references -> this subject's control (P3S eq. 4-9, 11-15)."""
+"""Stage two: the masked references -> what a method learns of them; for P3S, this subject's control."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from p3s_cli import config as settings
+from p3s_cli import methods
 from p3s_cli.errors import InputError, P3SError
-from p3s_cli.methods import base as methods
-from p3s_cli.methods import p3s as _p3s  # noqa: F401  (registers the method)
+from p3s_cli.lock import one_writer
 from p3s_cli.methods.memory import choose
+from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import save_tensors
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import Stage, Subject, digest
+from p3s_cli.subject import Stage, Subject, digest, hashes
+
+CONTROL = "control/control.safetensors"
+_CHECKPOINT = "control/.checkpoint-"
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
+    """`loss` is the mean over the last 50 steps; `skipped` counts steps that were not finite and changed nothing."""
+
     subject: Path
     steps: int
     loss: float
+    skipped: int
     control: Path
-    memory: str  # the profile it was tuned with
     unchanged: bool
+    method: str
+    memory: str  # the profile it was tuned with
 
 
+@one_writer
 def finetune(
     subject_dir: Path | str,
+    method: str = "p3s",
     steps: int | None = None,
     lr: float | None = None,
     preset: str = "default",
@@ -41,61 +52,72 @@ def finetune(
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
+    deterministic: bool = False,
     family: Family | None = None,
     control: settings.ControlConfig | None = None,
     on_progress: Progress | None = None,
 ) -> FinetuneResult:
-    """Train this subject's control on its masked references (P3S eq. 4-9, 11-15).
+    """Teach a method this subject; for P3S, train its control on the masked references (P3S eq. 4-9, 11-15).
 
-    `memory` is a profile's name (24, 16, 12, 8), or `auto` for the device's own.
-    `vision` names another CLIP pair than the family's for the control to see the references through.
-    Steps and learning rate default to the family's; `control` overrides the preset's settings one by
-    one. An interrupted run goes on from its last checkpoint. Raises InputError if masks are missing or stale.
+    Steps and learning rate default to the method's on this family; `preset` and `control`, which overrides
+    its settings one by one, are P3S's alone, and so are `memory`, a profile's name (24, 16, 12, 8; `auto` is
+    the device's own), and `vision`, another CLIP pair for the control to see the references through. An interrupted run goes on from its last checkpoint. Raises
+    InputError for an unknown method and if masks are missing or stale.
     """
-    report = on_progress or silent
+    report, teacher = on_progress or silent, methods.get(method)
     subject = Subject.open(Path(subject_dir))
     subject.check_masks()
     report("loading the models", 0, 1)
     family = family or load(model or subject.manifest.model, device, dtype, vision)
     base = family.fingerprint()
     _check_base(family)
-    name, saving = choose(memory, family.profile, family.device, family.dtype)
+    profile, saving = choose(memory, family.profile, family.device, family.dtype)
     config = settings.FinetuneConfig(control or settings.preset(preset)[1], steps, lr, seed=seed, memory=saving)
-    config = replace(
-        config, steps=steps or int(family.profile.finetune["steps"]), lr=lr or family.profile.finetune["lr"]
-    )
-    options = {"config": settings.as_settings(config), "base_fingerprint": base, "base": family.source}
-    options["vision"] = family.profile.clip
+    recipe = teacher.recipe(family.profile, config)
+    options = {"method": method, "config": settings.as_settings(recipe)}
+    options |= {"base_fingerprint": base, "base": family.source, "vision": family.profile.clip}
     # which profile a machine gets is no reason to tune again, only which one was asked for
-    del options["config"]["memory"]
+    options["config"].pop("memory", None)
     options["memory"] = memory
     inputs = subject.finetune_inputs(base)
-    done, path = subject.manifest.finetune, "control/control.safetensors"
+    done = subject.manifest.finetune
     if done and not force and done.inputs == inputs and done.settings == options and subject.intact(done):
-        return FinetuneResult(subject.root, config.steps, done.result["loss"], subject.path(path), name, True)
-    recent: list[float] = []
+        _remove_checkpoints(subject)
+        return _result(subject, recipe.steps, done, True)
+    numbers: dict[str, float] = {}
 
-    def on_step(step: int, total: int, numbers: dict[str, float]) -> None:
-        recent[:] = [*recent[-49:], numbers["denoising"]]
-        report(f"tuning, loss {sum(recent) / len(recent):.4f}", step, total)
+    def on_step(step: int, total: int, means: dict[str, float]) -> None:
+        numbers.update(means)
+        report(f"tuning, loss {numbers.get('denoising', 0):.4f}", step, total)
 
     # the checkpoint's name is what the run depends on, so a run with other settings never resumes from it
-    checkpoint = Checkpoint(subject.path(f"control/.{digest(inputs, options, name)[:16]}.safetensors"))
-    tensors = methods.get("p3s").fit(family, subject, config, on_step, checkpoint)
-    if not all(torch.isfinite(t).all() for t in tensors.values()):
+    checkpoint = Checkpoint(subject.path(f"{_CHECKPOINT}{digest(inputs, options, profile)[:16]}"))
+    with exact(deterministic):
+        tensors = teacher.fit(family, subject, config, on_step, checkpoint)
+    halves = {k: t.half() for k, t in tensors.items()}
+    if not all(torch.isfinite(t).all() for t in halves.values()):
         raise P3SError("the tuned control holds numbers that are not finite and was not saved; lower --lr")
-    save_tensors(subject.path(path), {k: t.half() for k, t in tensors.items()}, {"method": "p3s", **options})
-    loss = sum(recent) / max(1, len(recent))
-    subject.manifest.finetune = Stage(
-        inputs=inputs,
-        settings=options,
-        seed=seed,
-        artifacts=subject.record(path),
-        result={"loss": loss, "memory": name},
+    result = {"loss": numbers.get("denoising", 0.0), "skipped": int(numbers.get("skipped", 0)), "memory": profile}
+    with subject.changing() as folder:
+        save_tensors(folder / CONTROL, halves, options)
+        subject.manifest.finetune = Stage(
+            inputs=inputs, settings=options, seed=seed, artifacts=hashes(folder, CONTROL), result=result
+        )
+    _remove_checkpoints(subject)
+    return _result(subject, recipe.steps, subject.manifest.finetune, False)
+
+
+def _remove_checkpoints(subject: Subject) -> None:
+    for folder in subject.root.glob(f"{_CHECKPOINT}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _result(subject: Subject, steps: int, stage: Stage, unchanged: bool) -> FinetuneResult:
+    made, control = stage.result, subject.path(CONTROL)
+    method = stage.settings.get("method", "p3s")
+    return FinetuneResult(
+        subject.root, steps, made["loss"], made.get("skipped", 0), control, unchanged, method, made.get("memory", "24")
     )
-    subject.save()
-    checkpoint.path.unlink(missing_ok=True)
-    return FinetuneResult(subject.root, config.steps, loss, subject.path(path), name, False)
 
 
 def _check_base(family: Family) -> None:

@@ -41,6 +41,14 @@ def render(scenes: Sequence[Scene], device: torch.device | str = "cpu") -> tuple
     return canvas.clamp_(0, 1), masks
 
 
+def click(mask: Tensor) -> tuple[float, float]:
+    """Where a person would click: the visible pixel nearest to the middle of what is visible."""
+    rows, columns = torch.where(mask)
+    middle = (rows.float().mean() - rows).square() + (columns.float().mean() - columns).square()
+    best = int(middle.argmin())
+    return float(columns[best]), float(rows[best])
+
+
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import string
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from p3s_cli.world.shapes import ACCESSORIES, CATEGORIES, COLOURS, PATTERNS
 
@@ -29,6 +30,7 @@ BACKGROUNDS: dict[str, tuple[str, ...]] = {
 }
 
 RGB = tuple[float, float, float]
+Wording = Literal["full", "kind", "place"]
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,14 @@ def caption(scene: Scene, seed: int, full: bool = False) -> str:
     where = BACKGROUNDS[scene.background]
     prefix = "" if full else rng.choice(("", "", "a photo of ", "a picture of "))
     return f"{prefix}{what} {where[0] if full else rng.choice(where)}"
+
+
+def short_caption(scene: Scene, wording: Literal["kind", "place"]) -> str:
+    """Only what kinds of things are there, or only where: the words of a zero-shot question."""
+    if wording == "place":
+        return f"a photo {BACKGROUNDS[scene.background][0]}"
+    kinds = dict.fromkeys(s.instance.category for s in scene.subjects)
+    return "a photo of " + " and ".join(f"a {kind}" for kind in kinds)
 
 
 def _plural(category: str) -> str:

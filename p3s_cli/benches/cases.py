@@ -1,0 +1,75 @@
+"""A case: one masked subject, the prompts to draw it from, and the truth its results are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from p3s_cli.errors import InputError
+from p3s_cli.evals.scoring import Truth
+from p3s_cli.methods.photos import mask_tensors
+from p3s_cli.methods.views import close_view, look
+from p3s_cli.sd import images
+from p3s_cli.subject import Subject
+
+_PORTRAIT = 256  # pixels
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Words with [V], and the labels a reader should find in what comes of them."""
+
+    text: str
+    labels: frozenset[str] = frozenset()
+
+    @property
+    def plain(self) -> str:
+        """Without the identifier, as CLIP-T wants it."""
+        return " ".join(self.text.replace("[V]", "").split())
+
+
+@dataclass(frozen=True)
+class Case:
+    """`subject` is a masked subject directory that a run copies and never writes to."""
+
+    subject: Path
+    prompts: tuple[Prompt, ...]
+    truth: Truth
+
+    @property
+    def name(self) -> str:
+        return self.truth.subject
+
+
+def subject_case(directory: Path, prompts: Sequence[str]) -> Case:
+    """A user's own subject: what its references show is the truth, and so is a look-alike that was pointed at.
+
+    `prompts` hold [V], and perhaps `{}` for the class word. Raises InputError if the directory holds no
+    whole masks, or a prompt has no [V].
+    """
+    subject = Subject.open(directory)
+    subject.check_masks()
+    texts = [p.replace("{}", subject.manifest.class_word) for p in prompts]
+    for text in texts:
+        if "[V]" not in text:
+            raise InputError(f'the prompt "{text}" has no [V] in it; put [V] before the class word')
+    real, masked, other = [], [], []
+    for reference in subject.manifest.references:
+        tensors = mask_tensors(subject, reference)
+        photo = images.to_tensor(images.load_image(subject.path(f"{reference.folder}/photo.png")))
+        chosen, negative = tensors["subject"].bool(), tensors["negative"].bool()
+        real.append(_portrait(tensors["inpainted"].float() / 255, chosen))
+        masked.append(_portrait(photo * chosen, chosen))
+        if negative.any():
+            other.append(_portrait(photo, negative))
+    truth = Truth(directory.resolve().name, tuple(real), tuple(other), tuple(masked))
+    return Case(directory, tuple(map(Prompt, texts)), truth)
+
+
+def _portrait(photo: Tensor, mask: Tensor) -> Image.Image:
+    """The square around what is masked."""
+    return images.to_pil(look(photo, close_view(mask), _PORTRAIT).clamp(0, 1))

@@ -1,0 +1,253 @@
+"""`p3s eval` as library functions: whom to compare on what, and the page that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from p3s_cli import methods, stages
+from p3s_cli.atomic import replacing, sha256
+from p3s_cli.benches import world
+from p3s_cli.benches.cases import Case, Prompt, subject_case
+from p3s_cli.benches.entries import ABLATIONS, Entry, choose, rivals
+from p3s_cli.benches.run import Outcome, Plan, Run
+from p3s_cli.errors import InputError
+from p3s_cli.evals import dreambench, plot, protocols, report
+from p3s_cli.evals.scoring import Judge, Result, Truth
+from p3s_cli.sd import images
+from p3s_cli.sd.family import load
+from p3s_cli.subject import Subject
+
+_WORLD_CASES, _QUICK_CASES = 12, 3
+_WORLD_WORK, _DREAMBENCH_WORK = "p3s-bench-world", "p3s-bench-dreambench"
+_QUICK = Plan(images=2, sampling={"steps": 20})
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """`methods`: name -> column -> mean, and `seconds` (tuning a subject) and `seconds_per_image`.
+
+    `intervals`: name -> column -> bootstrap 95 % interval over subjects, where there are several.
+    """
+
+    protocol: str
+    methods: dict[str, dict[str, float | None]]
+    intervals: dict[str, dict[str, tuple[float, float]]]
+    table: tuple[str, ...]
+    scores: Path
+    report: Path
+
+
+def evaluate(
+    target: Path | None = None,
+    bench: str | None = None,
+    names: Sequence[str] | None = None,
+    ablate: bool = False,
+    only: Sequence[str] | None = None,
+    equal_time: bool = False,
+    quick: bool = False,
+    strengths: Sequence[float] | None = None,
+    protocol: str | None = None,
+    prompts: Sequence[str] | None = None,
+    subjects: Sequence[str] | None = None,
+    shard: str | None = None,
+    points: Path | None = None,
+    check: bool = False,
+    output: Path | None = None,
+    model: str | None = None,
+    on_progress: stages.Progress | None = None,
+    **common: Any,
+) -> EvalResult:
+    """One of the evaluations below, as the command line names them. Raises InputError for what does not fit together."""
+    names = methods.NAMES if names and "all" in names else tuple(names or ("p3s",))
+    common |= {"on_progress": on_progress}
+    if bench is None:
+        if target is None:
+            raise InputError("name a subject directory, or a benchmark with --bench world or --bench dreambench PATH")
+        return evaluate_subject(target, names, prompts or (), protocol, model=model, **common)
+    if bench == "world":
+        wanted = only if ablate else names
+        budgets = ("published", "equal") if equal_time else ("published",)
+        common.pop("n")
+        return evaluate_world(
+            target or output or _WORLD_WORK,
+            wanted,
+            ablate,
+            budgets,
+            quick,
+            strengths or (),
+            model=model or "world",
+            **common,
+        )
+    if bench != "dreambench":
+        raise InputError(f"no benchmark is called {bench!r}; choose world or dreambench")
+    if target is None:
+        raise InputError("name the DreamBench folder: p3s eval --bench dreambench PATH")
+    where = {"work": output or _DREAMBENCH_WORK, "model": model or "sd15"}
+    if check:
+        return self_check(
+            target, protocol_name=protocol or "dreambooth", device=common["device"], on_progress=on_progress, **where
+        )
+    return evaluate_dreambench(
+        target,
+        names=names,
+        subjects=subjects,
+        shard=shard,
+        points=points,
+        protocol_name=protocol or "dreambooth",
+        **where,
+        **common,
+    )
+
+
+def evaluate_subject(
+    directory: Path | str,
+    names: Sequence[str] = (),
+    prompts: Sequence[str] = (),
+    protocol_name: str | None = None,
+    n: int = 4,
+    seed: int = 0,
+    model: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_progress: stages.Progress | None = None,
+) -> EvalResult:
+    """Draw what is missing of one's own subject, score it, and write `eval/` in its directory.
+
+    Raises InputError for a directory without whole masks, and for unknown names.
+    """
+    root = Path(directory)
+    family = load(model or Subject.open(root).manifest.model, device, dtype)
+    case = subject_case(root, prompts or family.profile.prompts)
+    entries = rivals(names or ("p3s",), methods.NAMES, ("published",))
+    judge = Judge(protocols.protocol(protocol_name or family.profile.protocol), family.folder, family.device)
+    run = Run(root / "eval", family, judge, Plan(n, seed), on_progress or _silent)
+    return _finish(run, entries, run.evaluate(entries, [case]), f"p3s eval {root.resolve().name}")
+
+
+def evaluate_world(
+    work: Path | str = _WORLD_WORK,
+    names: Sequence[str] | None = None,
+    ablate: bool = False,
+    budgets: Sequence[str] = ("published",),
+    quick: bool = False,
+    strengths: Sequence[float] = (),
+    seed: int = 0,
+    model: str = "world",
+    device: str = "auto",
+    dtype: str = "auto",
+    on_progress: stages.Progress | None = None,
+) -> EvalResult:
+    """Held-out look-alikes of the drawn world, judged by its readers; with `ablate`, the paper's ablations.
+
+    Two calibration lines stand beside the methods: true pictures of the chosen subject, and of its look-alike.
+    `strengths` beside 1 become points of each method's curve in `trade-off.png`.
+    """
+    root, family = Path(work), load(model, device, dtype)
+    judge = Judge(protocols.protocol(family.profile.protocol), family.folder, family.device)
+    run = Run(root, family, judge, _QUICK if quick else Plan(), on_progress or _silent)
+    made = world.cases(root / "cases", family, _QUICK_CASES if quick else _WORLD_CASES, seed, quick)
+    for number, case in enumerate(made):
+        for line, results in world.calibration(case, number, seed, root / "calibration").items():
+            run.score(line, case, results)
+    entries = (
+        choose(ABLATIONS, names, lambda e: e.name) if ablate else rivals(names or ("p3s",), methods.NAMES, budgets)
+    )
+    entries += [e.at_strength(s) for e in entries for s in strengths]
+    outcome = run.evaluate(entries, made)
+    curves = {e.name: (e.label, e.strength) for e in entries}
+    plot.trade_off(root / "trade-off.png", outcome.means, run.judge.protocol, curves, world.CALIBRATION)
+    return _finish(run, entries, outcome, "p3s eval --bench world")
+
+
+def evaluate_dreambench(
+    path: Path | str,
+    work: Path | str = _DREAMBENCH_WORK,
+    names: Sequence[str] = (),
+    subjects: Sequence[str] | None = None,
+    shard: str | None = None,
+    points: Path | None = None,
+    protocol_name: str = "dreambooth",
+    n: int = 4,
+    seed: int = 0,
+    model: str = "sd15",
+    device: str = "auto",
+    dtype: str = "auto",
+    on_progress: stages.Progress | None = None,
+) -> EvalResult:
+    """DreamBench as published: the first photo of each subject is the reference, all of them are the truth.
+
+    `points` is a JSON file of clicks by subject; without it each first photo is clicked in the middle.
+    """
+    root, family = Path(work), load(model, device, dtype)
+    sitters = dreambench.read(Path(path), subjects)
+    sitters = dreambench.shard(sitters, shard) if shard else sitters
+    clicks = _clicks(points, sitters)
+    judge = Judge(protocols.protocol(protocol_name), family.folder, family.device)
+    run = Run(root, family, judge, Plan(n, seed), on_progress or _silent)
+    made = []
+    for sitter, at in zip(sitters, clicks, strict=True):
+        directory = root / "cases" / sitter.name
+        stages.mask(sitter.photos[0], at.positive, at.negative, directory, sitter.class_word, at.box, family=family)
+        truth = Truth(sitter.name, tuple(images.load_image(p) for p in sitter.photos))
+        made.append(Case(directory, tuple(map(Prompt, sitter.prompts)), truth))
+    entries = rivals(names or ("p3s",), methods.NAMES, ("published",))
+    return _finish(run, entries, run.evaluate(entries, made), "p3s eval --bench dreambench")
+
+
+def _clicks(points: Path | None, sitters: Sequence[dreambench.Sitter]) -> list[stages.PhotoClicks]:
+    if points is None:
+        return [stages.PhotoClicks(positive=["0.5,0.5"])] * len(sitters)
+    return stages.read_clicks(points, [Path(sitter.name) for sitter in sitters])
+
+
+def self_check(
+    path: Path | str,
+    work: Path | str = _DREAMBENCH_WORK,
+    protocol_name: str = "dreambooth",
+    model: str = "sd15",
+    device: str = "auto",
+    on_progress: stages.Progress | None = None,
+) -> EvalResult:
+    """Real photos against the other real photos of each subject: what a perfect generator would score.
+
+    For DreamBench under `dreambooth`, published tables have about 0.774 (DINO) and 0.885 (CLIP-I).
+    """
+    family, chosen = load(model, device), protocols.protocol(protocol_name)
+    run = Run(Path(work), family, Judge(chosen, family.folder, family.device), Plan(), on_progress or _silent)
+    sitters = dreambench.read(Path(path))
+    for k, sitter in enumerate(sitters):
+        run.report(f"real photos: {sitter.name}", k, len(sitters))
+        photos = [images.load_image(p) for p in sitter.photos]
+        for i, file in enumerate(sitter.photos):
+            others = tuple(photo for j, photo in enumerate(photos) if j != i)
+            case = Case(file, (), Truth(sitter.name, others))
+            run.score("real photos", case, [Result(file, sha256(file), f"a {sitter.class_word}", i)])
+    return _finish(run, (), run.outcome(()), "real photos against real photos")
+
+
+def _finish(run: Run, entries: Sequence[Entry], outcome: Outcome, title: str) -> EvalResult:
+    """The table, the page and the numbers."""
+    how = run.judge.protocol
+    page = run.work / "report.html"
+    with replacing(page) as temporary:
+        temporary.write_text(report.html(list(run.rows), outcome.means, how, title), encoding="utf-8")
+    numbers, intervals = {}, {}
+    for method, row in outcome.means.items():
+        tuning, image = outcome.seconds.get(method, (None, None))
+        numbers[method] = {c: mean.value for c, mean in row.items()} | {"seconds": tuning, "seconds_per_image": image}
+        intervals[method] = {c: (mean.low, mean.high) for c, mean in row.items() if mean.low is not None}
+    lines = [*report.lines(outcome.means, how), "", *_given(entries)]
+    return EvalResult(how.name, numbers, intervals, tuple(lines), run.rows.path, page)
+
+
+def _given(entries: Sequence[Entry]) -> list[str]:
+    """What each method sees of a reference, in words under the table."""
+    seen = {entry.method: methods.get(entry.method).given for entry in entries}
+    return [f"{method} was given the reference's {what}" for method, what in seen.items() if what != "nothing"]
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass

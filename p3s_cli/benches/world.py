@@ -1,0 +1,92 @@
+"""The drawn world as a benchmark: held-out look-alikes, twelve prompts, and true pictures of everyone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from PIL import Image
+
+from p3s_cli import stages
+from p3s_cli.atomic import sha256
+from p3s_cli.benches.cases import Case, Prompt
+from p3s_cli.evals.scoring import Result, Truth
+from p3s_cli.sd import images
+from p3s_cli.sd.family import Family
+from p3s_cli.world.readers import BARE
+from p3s_cli.world.render import click, render
+from p3s_cli.world.scenes import BACKGROUNDS, Instance, Scene, describe, lookalike_scene, solo
+from p3s_cli.world.shapes import CATEGORIES
+
+FIRST_SCENE = 40_000_000  # far from any training seed, and from the demo's
+_FIRST_VIEW = 41_000_000
+CALIBRATION = ("true pictures", "true look-alike")
+_VIEWS = 16  # true pictures of each individual
+_DRESSED = (
+    ("red hat", "snow"),
+    ("black top hat", "city"),
+    ("pink glasses", "jungle"),
+    ("red hat", "beach"),
+)
+
+
+def prompts(category: str) -> tuple[Prompt, ...]:
+    """Eight places with nothing worn, four of them with something."""
+    worn = [(None, place) for place in BACKGROUNDS] + list(_DRESSED)
+    made = []
+    for accessory, place in worn:
+        words = "" if accessory is None else f" wearing {'' if accessory.endswith('glasses') else 'a '}{accessory}"
+        labels = {f"category/{category}", f"background/{place}", f"accessory/{accessory or BARE}"}
+        made.append(Prompt(f"a [V] {category}{words} {BACKGROUNDS[place][0]}", frozenset(labels)))
+    return tuple(made)
+
+
+def cases(folder: Path, family: Family, count: int, seed: int = 0, quick: bool = False) -> list[Case]:
+    """Mask `count` held-out scenes of two look-alikes, one click on each; `quick` keeps every third prompt."""
+    made = []
+    for k in range(count):
+        category = CATEGORIES[k % len(CATEGORIES)]
+        number = FIRST_SCENE + 1_000 * seed + k
+        scene = lookalike_scene(number, category)
+        directory = folder / f"{k:02d}-{category}"
+        _mask(scene, directory, family)
+        asked = prompts(category)
+        made.append(Case(directory, asked[::3] if quick else asked, _truth(directory.name, scene, number)))
+    return made
+
+
+def _mask(scene: Scene, directory: Path, family: Family) -> None:
+    pixels, truth = render([scene])
+    photo = directory.with_suffix(".png")
+    images.save_png(photo, images.to_pil(pixels[0]))
+    word = scene.subjects[0].instance.category
+    stages.mask(photo, [click(truth[0, 0])], [click(truth[0, 1])], directory, word, family=family)
+
+
+def _truth(name: str, scene: Scene, seed: int) -> Truth:
+    chosen, other = (s.instance for s in scene.subjects)
+    views = [_portraits(instance, seed, _VIEWS) for instance in (chosen, other)]
+    text = describe(scene.subjects[1], random.Random(seed), full=True)
+    return Truth(name, *views, other_text=text)
+
+
+def _portraits(instance: Instance, seed: int, count: int, first: int = 0) -> tuple[Image.Image, ...]:
+    """The individual truly drawn alone, in other places and poses."""
+    scenes = [solo(instance, _FIRST_VIEW + 100 * (seed - FIRST_SCENE) + first + k) for k in range(count)]
+    return tuple(images.to_pil(p) for p in render(scenes)[0])
+
+
+def calibration(case: Case, number: int, seed: int, folder: Path) -> dict[str, list[Result]]:
+    """True pictures as if they were results: of the chosen one (the ceiling) and of the look-alike (the floor)."""
+    scene = lookalike_scene(FIRST_SCENE + 1_000 * seed + number, CATEGORIES[number % len(CATEGORIES)])
+    lines = {}
+    for name, placed in zip(CALIBRATION, scene.subjects, strict=True):
+        lines[name] = []
+        for k, prompt in enumerate(case.prompts):
+            place = next(label.split("/")[1] for label in prompt.labels if label.startswith("background/"))
+            worn = next(label.split("/")[1] for label in prompt.labels if label.startswith("accessory/"))
+            view = solo(placed.instance, _FIRST_VIEW + 90 + k, place, None if worn == BARE else worn)
+            path = folder / name.replace(" ", "-") / f"{case.name}-{k:02d}.png"
+            images.save_png(path, images.to_pil(render([view])[0][0]))
+            lines[name].append(Result(path, sha256(path), prompt.plain, k, prompt.labels))
+    return lines

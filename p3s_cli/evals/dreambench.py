@@ -1,0 +1,63 @@
+"""The DreamBench folder as published (google/dreambooth, `dataset/`): subjects, classes, prompts, photos."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from p3s_cli.errors import InputError
+
+_INDEX = "prompts_and_classes.txt"
+_LIVE = {"dog", "cat"}  # the classes that get the live subjects' prompts
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+@dataclass(frozen=True)
+class Sitter:
+    """One of the benchmark's subjects: its photos sorted by name, its prompts with [V] before the class word."""
+
+    name: str
+    class_word: str
+    photos: tuple[Path, ...]
+    prompts: tuple[str, ...]
+
+
+def read(folder: Path, subjects: Sequence[str] | None = None) -> list[Sitter]:
+    """All subjects of the folder, or those named. Raises InputError if it is not DreamBench, or lacks a name."""
+    folder = folder / "dataset" if (folder / "dataset").is_dir() else folder
+    index = folder / _INDEX
+    if not index.is_file():
+        raise InputError(f"{folder} is not the DreamBench folder (it has no {_INDEX}); give its dataset/ folder")
+    text = index.read_text(encoding="utf-8")
+    classes = dict(re.findall(r"^(\w+),([\w ]+?)\s*$", text.split("Prompts")[0], re.MULTILINE))
+    classes.pop("subject_name", None)
+    objects, live = _prompt_lists(text)
+    for name in subjects or ():
+        if name not in classes:
+            raise InputError(f"DreamBench has no subject {name!r}; choose from: {', '.join(classes)}")
+    sitters = []
+    for name, word in classes.items():
+        photos = tuple(sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in _SUFFIXES))
+        if (subjects is None or name in subjects) and photos:
+            templates = live if word in _LIVE else objects
+            sitters.append(Sitter(name, word, photos, tuple(t.format("[V]", word) for t in templates)))
+    return sitters
+
+
+def _prompt_lists(text: str) -> tuple[list[str], list[str]]:
+    lists = [re.findall(r"'([^']*)'\.format", block) for block in re.findall(r"prompt_list = \[(.*?)\]", text, re.S)]
+    if len(lists) != 2:
+        raise InputError(
+            f"{_INDEX} should hold two prompt lists, for objects and for live subjects; it holds {len(lists)}"
+        )
+    return lists[0], lists[1]
+
+
+def shard(items: Sequence[Sitter], which: str) -> list[Sitter]:
+    """`i/n`: every n-th subject, beginning with the i-th (from 1). Raises InputError for anything else."""
+    match = re.fullmatch(r"(\d+)/(\d+)", which)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(f"{which!r} is not a shard; write i/n with i from 1 to n, such as 2/8")
+    return list(items[int(match[1]) - 1 :: int(match[2])])

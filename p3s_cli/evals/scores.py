@@ -1,0 +1,125 @@
+"""Rows of scores on disk, and every mean derived from them. No models in here."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, pvariance
+
+from p3s_cli.evals.protocols import Protocol
+
+_RESAMPLES = 2_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image under one metric, and how the number was made."""
+
+    method: str
+    subject: str
+    prompt: str
+    seed: int
+    file: str
+    sha256: str
+    reference: str
+    metric: str
+    protocol: str
+    score: float
+    model: str
+    fingerprint: str
+    preprocessing: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What the score is a function of; a row with this key need not be made again."""
+        return (
+            self.method,
+            self.subject,
+            self.prompt,
+            str(self.seed),
+            self.sha256,
+            self.reference,
+            self.metric,
+            self.protocol,
+            self.fingerprint,
+        )
+
+
+class Rows:
+    """An append-only file of rows. A line that a kill cut short is passed over when it is read."""
+
+    def __init__(self, path: Path):
+        self.path, self._rows = path, {}
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            self._rows = {row.key: row for row in filter(None, map(_parse, text.splitlines()))}
+            if text and not text.endswith("\n"):
+                self._write("w", self._rows.values())
+
+    def __iter__(self):
+        return iter(self._rows.values())
+
+    def __contains__(self, key: tuple[str, ...]) -> bool:
+        return key in self._rows
+
+    def add(self, rows: Iterable[Row]) -> None:
+        fresh = [row for row in rows if row.key not in self._rows]
+        self._rows |= {row.key: row for row in fresh}
+        self._write("a", fresh)
+
+    def _write(self, mode: str, rows: Iterable[Row]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
+
+
+def _parse(line: str) -> Row | None:
+    try:
+        return Row(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over subjects with its bootstrap 95 % interval, None where there is one subject only."""
+
+    value: float
+    low: float | None
+    high: float | None
+    subjects: int
+    images: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" if self.low is None else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def table(rows: Iterable[Row], protocol: Protocol) -> dict[str, dict[str, Mean]]:
+    """method -> column -> mean: each subject's images are averaged first, then the subjects."""
+    scores: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row.protocol == protocol.name:
+            scores[row.method, row.metric][row.subject].append(row.score)
+    found: dict[str, dict[str, Mean]] = defaultdict(dict)
+    for (method, metric), by_subject in scores.items():
+        found[method][metric] = summary(by_subject, fmean)
+        for column, of in protocol.variances.items():
+            if of == metric:
+                found[method][column] = summary(by_subject, pvariance)
+    return dict(found)
+
+
+def summary(by_subject: Mapping[str, Sequence[float]], statistic) -> Mean:
+    """The mean of a statistic over subjects, its interval by resampling subjects (percentile bootstrap, seed 0)."""
+    values = [statistic(scores) for scores in by_subject.values()]
+    images = sum(len(scores) for scores in by_subject.values())
+    if len(values) < 2:
+        return Mean(values[0], None, None, 1, images)
+    rng = random.Random(0)
+    means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(_RESAMPLES))
+    low, high = means[round(0.025 * _RESAMPLES)], means[round(0.975 * _RESAMPLES) - 1]
+    return Mean(fmean(values), low, high, len(values), images)

@@ -1,0 +1,169 @@
+"""From pictures to rows: one protocol's metrics over the images of one method on one subject."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from p3s_cli.evals.metrics import nearer
+from p3s_cli.evals.models import LabelReader, MetricModel
+from p3s_cli.evals.protocols import Metric, Protocol
+from p3s_cli.evals.scores import Row
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What results of one subject are compared with; pictures are PIL images.
+
+    `real`: the chosen subject, the first being the reference that methods were given. `other`: its
+    look-alike, empty if it has none. `masked`: `real` with all but the subject black. `other_text`
+    describes the look-alike.
+    """
+
+    subject: str
+    real: tuple[Image.Image, ...]
+    other: tuple[Image.Image, ...] = ()
+    masked: tuple[Image.Image, ...] = ()
+    other_text: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One picture to be scored: its prompt without the identifier, and the labels that it asks for."""
+
+    path: Path
+    sha256: str
+    prompt: str
+    seed: int
+    labels: frozenset[str] = frozenset()
+
+    def open(self) -> Image.Image:
+        with Image.open(self.path) as picture:
+            return picture.convert("RGB")
+
+
+class Judge:
+    """A protocol with its models, found in `family_folder` first and by hub id otherwise.
+
+    `blacken` turns a result into the picture with all but the subject black (for the masked metrics,
+    which are left out without it).
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        family_folder: Path | None,
+        device: str = "cpu",
+        blacken: Callable[[Image.Image], Image.Image] | None = None,
+    ):
+        self.protocol, self.blacken = protocol, blacken
+        self._places = {
+            key: (str(family_folder / where) if family_folder and (family_folder / where).is_dir() else where, how)
+            for key, (where, how) in protocol.models.items()
+        }
+        self._device = device
+
+    @cached_property
+    def models(self) -> dict[str, MetricModel]:
+        return {key: MetricModel(where, how, self._device) for key, (where, how) in self._places.items()}
+
+    @cached_property
+    def reader(self) -> LabelReader:
+        return LabelReader(*self._places["labels"], self._device)
+
+    def metrics(self, truth: Truth) -> list[Metric]:
+        """The columns that can be had for this subject."""
+        needs = {"selective": bool(truth.other), "other_text": truth.other_text is not None}
+        return [
+            m
+            for m in self.protocol.metrics
+            if needs.get(m.against, True) and (not m.masked or (self.blacken is not None and truth.masked))
+        ]
+
+    def judge(self, method: str, truth: Truth, results: Sequence[Result], known: Callable) -> Iterator[Row]:
+        """Rows that are not yet `known` (by key) for these results."""
+        for metric in self.metrics(truth):
+            reference = self._reference(metric, truth)
+            rows = [self._row(method, truth, result, metric, reference) for result in results]
+            missing = [i for i, row in enumerate(rows) if not known(row.key)]
+            if missing:
+                scores = self._scores(metric, truth, [results[i] for i in missing])
+                for i, score in zip(missing, scores, strict=True):
+                    yield self._row(method, truth, results[i], metric, reference, score)
+
+    def _row(
+        self, method: str, truth: Truth, result: Result, metric: Metric, reference: str, score: float = 0.0
+    ) -> Row:
+        model = self.models[metric.model]
+        return Row(
+            method=method,
+            subject=truth.subject,
+            prompt=result.prompt,
+            seed=result.seed,
+            file=str(result.path),
+            sha256=result.sha256,
+            reference=reference,
+            metric=metric.name,
+            protocol=self.protocol.name,
+            score=score,
+            model=model.name,
+            fingerprint=model.fingerprint,
+            preprocessing=str(model.preprocessing),
+        )
+
+    def _reference(self, metric: Metric, truth: Truth) -> str:
+        if metric.against == "text":
+            return "the prompt without its identifier"
+        if metric.against == "other_text":
+            return truth.other_text or ""
+        if metric.against == "labels":
+            return "the labels the prompt asks for"
+        count = f"{len(self._real(truth, metric.masked))} pictures of {truth.subject}"
+        return count if metric.against == "real" else f"{count} against {len(truth.other)} of its look-alike"
+
+    def _real(self, truth: Truth, masked: bool) -> tuple[Image.Image, ...]:
+        pictures = truth.masked if masked else truth.real
+        return pictures[:1] if self.protocol.references == "own" else pictures
+
+    def _scores(self, metric: Metric, truth: Truth, results: Sequence[Result]) -> list[float]:
+        pictures = [result.open() for result in results]
+        if metric.against == "labels":
+            return self._found(pictures, results)
+        model = self.models[metric.model]
+        if metric.masked:
+            pictures = [self.blacken(picture) for picture in pictures]  # type: ignore[misc]
+        vectors = model.images(pictures)
+        if metric.against == "text":
+            return (vectors * model.texts([r.prompt for r in results])).sum(1).tolist()
+        if metric.against == "other_text":
+            return (vectors @ model.texts([truth.other_text or ""])[0]).tolist()
+        real = self._vectors(model, self._real(truth, metric.masked))
+        if metric.against == "real":
+            return (vectors @ real.T).mean(1).tolist()
+        return nearer(vectors, real, self._vectors(model, truth.other)).float().tolist()
+
+    def _vectors(self, model: MetricModel, pictures: tuple[Image.Image, ...]) -> Tensor:
+        """Unit vectors of the truth's pictures, made once."""
+        key = (model.where, *map(id, pictures))
+        if key not in self._kept:
+            self._kept[key] = (model.images(pictures), pictures)  # the pictures are kept so that ids stay theirs
+        return self._kept[key][0]
+
+    @cached_property
+    def _kept(self) -> dict:
+        return {}
+
+    def _found(self, pictures: Sequence[Image.Image], results: Sequence[Result]) -> list[float]:
+        """Share of the asked labels that the reader finds on top of their groups."""
+        read: dict[str, list[list[str]]] = {}
+        for group in {label.split("/")[0] for result in results for label in result.labels}:
+            read[group] = self.reader.read(pictures, group)
+        return [
+            sum(label in read[label.split("/")[0]][i] for label in result.labels) / max(1, len(result.labels))
+            for i, result in enumerate(results)
+        ]

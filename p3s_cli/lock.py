@@ -1,0 +1,83 @@
+"""One writer per subject directory. No torch in here.
+
+The lock is the operating system's, on `.lock` in the directory, so it dies with its process, however
+that ends. The file stays, because removing a lock file lets two processes hold what seems one lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+from filelock import FileLock, Timeout
+
+from p3s_cli.atomic import finish
+from p3s_cli.errors import P3SError
+from p3s_cli.subject import Subject
+
+LOCK = ".lock"
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+@contextlib.contextmanager
+def writing(root: Path, what: str) -> Iterator[None]:
+    """Hold `root`, made if need be, while the block runs; first bring what a killed writer left into a whole state.
+
+    Raises P3SError at once, naming the holder, if another holds it. A directory that got nothing from
+    the block is not left behind.
+    """
+    path, made = root / LOCK, not root.exists()
+    lock = FileLock(path, blocking=False)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise P3SError(f"{root} is being written by {_holder(path)}; wait until it is done, or stop it") from None
+    except OSError as error:
+        raise P3SError(f"cannot write {root}: {error.strerror or error}; choose a folder you may write to") from error
+    try:
+        path.write_text(
+            f"{what}, process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        )
+        finish(root)
+        yield
+    finally:
+        if not Subject.exists(root):
+            _leave_no_trace(root, made)
+        lock.release()
+
+
+def _leave_no_trace(root: Path, made: bool) -> None:
+    with contextlib.suppress(OSError):  # gone already, or not empty
+        (root / LOCK).unlink()
+        if made:
+            root.rmdir()
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")[:200].strip() or "another process"
+    except OSError:
+        return "another process"
+
+
+def one_writer(
+    stage: Callable[Concatenate[Path | str, _Arguments], _Result],
+) -> Callable[Concatenate[Path | str, _Arguments], _Result]:
+    """For a stage whose first argument is a subject directory: hold it, if it exists, until the stage ends."""
+
+    @functools.wraps(stage)
+    def held(subject_dir: Path | str, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if not Subject.exists(Path(subject_dir)):
+            return stage(subject_dir, *args, **kwargs)  # which says what is missing
+        with writing(Path(subject_dir), f"p3s {stage.__name__}"):
+            return stage(subject_dir, *args, **kwargs)
+
+    return held

@@ -1,0 +1,135 @@
+"""Break-A-Scene (arXiv:2305.16311) for one subject: a loss inside its mask, first on a new word, then on everything.
+
+With one subject there are no unions of subjects to draw, and the attention loss, which keeps the words
+of several subjects apart, is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from p3s_cli.config import FinetuneConfig, GenerateConfig
+from p3s_cli.methods.base import Generator, register, settled
+from p3s_cli.methods.denoising import Denoising, Part, noise_of, trainable, training_copy, tuned_copy
+from p3s_cli.methods.photos import read_originals
+from p3s_cli.methods.prior import prior
+from p3s_cli.methods.views import base_view, look
+from p3s_cli.methods.words import NewWord
+from p3s_cli.sd import images
+from p3s_cli.sd.family import Family, Profile
+from p3s_cli.sd.train import Checkpoint, OnStep, Recipe, train
+from p3s_cli.subject import Subject
+
+PROMPT = "a photo of a {}"
+
+
+@dataclass(frozen=True)
+class BreakASceneRecipe:
+    """As the authors' `train.py`: half of the steps on the word, half on U-Net and text encoder as well."""
+
+    steps: int = 800
+    word_lr: float = 5e-4  # in the first half
+    lr: float = 2e-6  # in the second
+    batch: int = 1
+    weight_decay: float = 0.01
+    class_images: int = 100
+    class_steps: int = 50
+    class_prompt: str = "a photo at the beach"
+    prior_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Draws scenes (K, 4, h, w) whose error counts inside the subject's mask (K, 1, h, w) alone.
+
+    Its weight makes it the mean over all positions of ||mask (noise - predicted)||^2, the authors' masked loss.
+    """
+
+    latents: Tensor
+    inside: Tensor
+    word: NewWord
+    prompt: str
+    batch: int
+
+    def __call__(self, generator: torch.Generator) -> Part:
+        chosen = torch.randint(len(self.latents), (self.batch,), generator=generator)
+        inside = self.inside[chosen]
+        states = self.word.encode([self.prompt]).expand(self.batch, -1, -1)
+        return Part(self.latents[chosen], states, inside, inside.mean().item())
+
+
+class BreakAScene:
+    """Contract: `p3s_cli.methods.base.Method`."""
+
+    name = "break-a-scene"
+    given: Literal["mask"] = "mask"
+
+    def recipe(self, profile: Profile, config: FinetuneConfig) -> BreakASceneRecipe:
+        return settled(BreakASceneRecipe(), self.name, profile, config)
+
+    def fit(
+        self,
+        family: Family,
+        subject: Subject,
+        config: FinetuneConfig,
+        on_step: OnStep | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> dict[str, Tensor]:
+        """Learn from photo and mask. Returns the word and all tensors of U-Net and text encoder, float32."""
+        r = self.recipe(family.profile, config)
+        word, unet = NewWord(family, subject.manifest, instead_of_class=True), training_copy(family.unet)
+        kept = prior(family, r.class_prompt, r.class_images, r.class_steps, config.seed, r.batch, r.prior_weight)
+        loss = Denoising(family, unet, [_scenes(family, subject, word, r.batch), kept])
+        first, second = r.steps // 2, r.steps - r.steps // 2
+        early = checkpoint and replace(checkpoint, path=checkpoint.path.with_suffix(".word.safetensors"))
+        recipe = Recipe(first, r.word_lr, r.weight_decay, seed=config.seed)
+        train({"word": word.row}, loss, recipe, _counted(on_step, 0, r.steps), early)
+        unet.requires_grad_(True)
+        word.text_encoder.requires_grad_(True).get_input_embeddings().known.requires_grad_(False)
+        everything = trainable(unet, "unet.") | trainable(word.text_encoder, "text.")
+        recipe = replace(recipe, steps=second, lr=r.lr, seed=config.seed + 1)
+        learnt = train(everything, loss, recipe, _counted(on_step, first, r.steps), checkpoint)
+        if early:
+            early.path.unlink(missing_ok=True)
+        return learnt
+
+    @contextlib.contextmanager
+    def bind(
+        self,
+        family: Family,
+        subject: Subject,
+        tensors: Mapping[str, Tensor],
+        recipe: Mapping[str, Any],
+        sampling: GenerateConfig,
+    ) -> Iterator[Generator]:
+        """The tuned U-Net and text encoder under prompts that say the new word for "identifier class"."""
+        word = NewWord(family, subject.manifest, instead_of_class=True)
+        word.text_encoder = tuned_copy(word.text_encoder, tensors, "text.", sampling.strength).to(family.dtype)
+        tuned = tuned_copy(family.unet, tensors, "unet.", sampling.strength)
+        yield Generator(word.states, noise_of(family, tuned))
+
+
+def _scenes(family: Family, subject: Subject, word: NewWord, batch: int) -> Masked:
+    """The largest square of each original photo around the subject and its mirror image, with their masks."""
+    size, photos = family.profile.image_size, read_originals(subject)
+    pixels = torch.stack([look(p.pixels, base_view(p.mask), size) for p in photos])
+    masks = torch.stack([look(p.mask.float()[None], base_view(p.mask), size) for p in photos])
+    latents = images.encode(family.vae, torch.cat((pixels, pixels.flip(-1))))
+    masks = F.interpolate(torch.cat((masks, masks.flip(-1))), size=latents.shape[-2:], mode="area")
+    name = f"{subject.manifest.identifier} {subject.manifest.class_word}"
+    return Masked(latents, (masks >= 0.5).to(latents), word, PROMPT.format(name), batch)
+
+
+def _counted(on_step: OnStep | None, before: int, total: int) -> OnStep | None:
+    """Report the steps of one half as steps of the whole."""
+    return on_step and (lambda step, _, numbers: on_step(before + step, total, numbers))
+
+
+register(BreakAScene())

@@ -1,0 +1,139 @@
+"""Custom Diffusion (arXiv:2212.04488): keys and values of cross-attention and one new word, with prior preservation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from p3s_cli.config import FinetuneConfig, GenerateConfig
+from p3s_cli.methods.base import Generator, register, settled
+from p3s_cli.methods.denoising import Denoising, Part, noise_of, trainable, training_copy, tuned_copy
+from p3s_cli.methods.photos import crops
+from p3s_cli.methods.prior import prior
+from p3s_cli.methods.words import NewWord
+from p3s_cli.sd import images
+from p3s_cli.sd.family import Family, Profile
+from p3s_cli.sd.train import Checkpoint, OnStep, Recipe, train
+from p3s_cli.subject import Subject
+
+PROMPT = "photo of a {}"
+_VIEWS = 24  # rescaled views encoded once for each reference
+
+
+@dataclass(frozen=True)
+class CustomDiffusionRecipe:
+    """As diffusers' `examples/custom_diffusion` for one object: 1e-5 scaled by a batch of 2, images mirrored and rescaled.
+
+    The class's images are drawn by the base, not retrieved from a collection of photos.
+    """
+
+    steps: int = 250
+    lr: float = 2e-5
+    batch: int = 2
+    weight_decay: float = 0.01
+    class_images: int = 200
+    class_steps: int = 50
+    prior_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class _View:
+    """A rescaled crop: pixels (3, S, S), where they are the photo's (1, S, S), and the words that say the scale."""
+
+    pixels: Tensor
+    inside: Tensor
+    prefix: str
+
+
+def rescaled(crop: Tensor, generator: torch.Generator) -> _View:
+    """Mirror by chance, then shrink (2 of 3 times) to 1/3-1 of the side on grey, or enlarge to 1.2-1.4 and cut out.
+
+    crop (3, S, S). Below 0.6 the prompt says so, above 1 too (arXiv:2212.04488, Sec. 3.2).
+    """
+    size = crop.shape[-1]
+    mirrored, shrunk, u, x, y, choice = torch.rand(6, generator=generator).tolist()
+    crop = crop.flip(-1) if mirrored < 0.5 else crop
+    scale = 1 / 3 + 2 / 3 * u if shrunk < 2 / 3 else 1.2 + 0.2 * u
+    side = max(1, round(size * scale))
+    scaled = F.interpolate(crop[None], size=side, mode="bilinear", antialias=True, align_corners=False)[0]
+    top, left = round(abs(side - size) * y), round(abs(side - size) * x)
+    if side > size:
+        prefix = ("zoomed in ", "close up ")[choice < 0.5]
+        return _View(scaled[:, top : top + size, left : left + size], torch.ones_like(crop[:1]), prefix)
+    pixels, inside = torch.full_like(crop, 0.5), torch.zeros_like(crop[:1])
+    pixels[:, top : top + side, left : left + side] = scaled
+    inside[:, top : top + side, left : left + side] = 1
+    return _View(pixels, inside, ("far away ", "very small ")[choice < 0.5] if side < 0.6 * size else "")
+
+
+class CustomDiffusion:
+    """Contract: `p3s_cli.methods.base.Method`."""
+
+    name = "custom-diffusion"
+    given: Literal["crop"] = "crop"
+
+    def recipe(self, profile: Profile, config: FinetuneConfig) -> CustomDiffusionRecipe:
+        return settled(CustomDiffusionRecipe(), self.name, profile, config)
+
+    def fit(
+        self,
+        family: Family,
+        subject: Subject,
+        config: FinetuneConfig,
+        on_step: OnStep | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> dict[str, Tensor]:
+        """Train to_k and to_v of cross-attention in a copy of the U-Net, and the new word. Returns these, float32."""
+        r, words = self.recipe(family.profile, config), subject.manifest
+        word, unet = NewWord(family, words, instead_of_class=False), training_copy(family.unet)
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_("attn2.to_k" in name or "attn2.to_v" in name)
+        own = _Own(family, subject, word, r.batch, config.seed)
+        others = PROMPT.format(words.class_word)
+        kept = prior(family, others, r.class_images, r.class_steps, config.seed, r.batch, r.prior_weight)
+        loss = Denoising(family, unet, [own, kept])
+        recipe = Recipe(r.steps, r.lr, r.weight_decay, seed=config.seed)
+        return train({"word": word.row} | trainable(unet, "unet."), loss, recipe, on_step, checkpoint)
+
+    @contextlib.contextmanager
+    def bind(
+        self,
+        family: Family,
+        subject: Subject,
+        tensors: Mapping[str, Tensor],
+        recipe: Mapping[str, Any],
+        sampling: GenerateConfig,
+    ) -> Iterator[Generator]:
+        """The tuned U-Net under prompts that say the new word for the identifier; strength as in DreamBooth."""
+        word = NewWord(family, subject.manifest, instead_of_class=False)
+        word.learnt(tensors["word"], sampling.strength, family.dtype)
+        yield Generator(word.states, noise_of(family, tuned_copy(family.unet, tensors, "unet.", sampling.strength)))
+
+
+class _Own:
+    """Draws the subject's own part of a batch: rescaled crops under prompts that say how they were rescaled."""
+
+    def __init__(self, family: Family, subject: Subject, word: NewWord, batch: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        seen = [c for c in crops(subject, family.profile.image_size) for _ in range(_VIEWS)]
+        views = [rescaled(crop, generator) for crop in seen]
+        self.latents = images.encode(family.vae, torch.stack([v.pixels for v in views]))
+        whole = F.interpolate(torch.stack([v.inside for v in views]), size=self.latents.shape[-2:], mode="area")
+        self.inside = (whole == 1).to(self.latents)
+        name = f"{subject.manifest.identifier} {subject.manifest.class_word}"
+        self.prompts = [v.prefix + PROMPT.format(name) for v in views]
+        self.word, self.batch = word, batch
+
+    def __call__(self, generator: torch.Generator) -> Part:
+        chosen = torch.randint(len(self.latents), (self.batch,), generator=generator)
+        states = self.word.encode([self.prompts[i] for i in chosen])
+        return Part(self.latents[chosen], states, self.inside[chosen])
+
+
+register(CustomDiffusion())

@@ -1,0 +1,113 @@
+"""Plain noise prediction, what every rival learns by: its loss in training, its eps in sampling."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from p3s_cli.paper.losses import denoising_loss
+from p3s_cli.sd.family import Family
+from p3s_cli.sd.sample import Eps
+
+
+def noise_schedule(family: Family) -> Tensor:
+    """The family's cumulative alphas (T,), on its device."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config(family.scheduler_config).alphas_cumprod.to(family.device)
+
+
+def diffuse(x0: Tensor, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise at random t. x0 (B, 4, h, w) -> x_t, t (B,), noise."""
+    t = torch.randint(len(schedule), (len(x0),), generator=generator).to(x0.device)
+    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+    alpha = schedule[t].view(-1, 1, 1, 1)
+    return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, t, noise
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a batch with a weight of its own: latents (n, 4, h, w), states (n, 77, D).
+
+    inside (n, 1, h, w) or None confines its error to some positions, averaged over those.
+    """
+
+    latents: Tensor
+    states: Tensor
+    inside: Tensor | None = None
+    weight: float = 1.0
+
+
+M = TypeVar("M", bound=nn.Module)
+Draw = Callable[[torch.Generator], Part]
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Draws `batch` of the latents (K, 4, h, w), all under the same text states (1, 77, D)."""
+
+    latents: Tensor
+    states: Tensor
+    batch: int
+    weight: float = 1.0
+
+    def __call__(self, generator: torch.Generator) -> Part:
+        chosen = torch.randint(len(self.latents), (self.batch,), generator=generator)
+        return Part(self.latents[chosen], self.states.expand(self.batch, -1, -1), None, self.weight)
+
+
+class Denoising:
+    """A loss for `train`: the sum over parts of weight x mean ||noise - eps(x_t, t, text)||^2, in one forward pass."""
+
+    def __init__(self, family: Family, unet: nn.Module, sources: Sequence[Draw]):
+        self.unet, self.sources, self.schedule = unet, sources, noise_schedule(family)
+        self.device, self.dtype = family.device.split(":")[0], family.dtype
+
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        parts = [draw(generator) for draw in self.sources]
+        x_t, t, noise = diffuse(torch.cat([p.latents for p in parts]), self.schedule, generator)
+        states = torch.cat([p.states for p in parts])
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            predicted = self.unet(x_t, t, states).sample
+        sizes = [len(p.latents) for p in parts]
+        pairs = zip(parts, predicted.split(sizes), noise.split(sizes), strict=True)
+        value = sum(part.weight * denoising_loss(guess, truth, part.inside) for part, guess, truth in pairs)
+        return value, {"denoising": value.item()}
+
+
+def training_copy(model: M) -> M:
+    """A frozen float32 copy of a family's model: small steps would be lost in half precision."""
+    return copy.deepcopy(model).float().requires_grad_(False)
+
+
+@torch.no_grad()
+def tuned_copy(model: M, tensors: Mapping[str, Tensor], prefix: str, strength: float) -> M:
+    """A copy of a family's model with each trained parameter at base + strength (trained - base).
+
+    tensors by `prefix` + parameter name; parameters without one stay the base's.
+    """
+    tuned = copy.deepcopy(model)
+    for name, parameter in tuned.named_parameters():
+        if prefix + name in tensors:
+            parameter.lerp_(tensors[prefix + name].to(parameter), strength)
+    return tuned
+
+
+def trainable(model: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by `prefix` + name."""
+    return {prefix + n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def noise_of(family: Family, tuned: nn.Module) -> Eps:
+    """eps of the tuned U-Net with the subject, of the family's own without."""
+
+    def eps(x_t: Tensor, t: Tensor, states: Tensor, with_subject: bool) -> Tensor:
+        unet = tuned if with_subject else family.unet
+        return unet(x_t.to(family.dtype), t, states).sample.float()
+
+    return eps

@@ -1,0 +1,90 @@
+"""DreamBooth (arXiv:2208.12242): the whole U-Net learns the identifier, with or without prior preservation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from p3s_cli.config import FinetuneConfig, GenerateConfig
+from p3s_cli.methods.base import Generator, register, settled
+from p3s_cli.methods.denoising import Bank, Denoising, noise_of, trainable, training_copy, tuned_copy
+from p3s_cli.methods.photos import crops
+from p3s_cli.methods.prior import prior
+from p3s_cli.sd import images, text
+from p3s_cli.sd.family import Family, Profile
+from p3s_cli.sd.train import Checkpoint, OnStep, Recipe, train
+from p3s_cli.subject import Subject
+
+PROMPT = "a photo of a {}"
+
+
+@dataclass(frozen=True)
+class DreamBoothRecipe:
+    """As diffusers' `examples/dreambooth` recommends for Stable Diffusion v1: the U-Net alone, constant rate."""
+
+    steps: int = 400
+    lr: float = 5e-6
+    batch: int = 1
+    weight_decay: float = 0.01
+    class_images: int = 0  # of prior preservation; 0 is without
+    class_steps: int = 50  # sampling steps of each
+    prior_weight: float = 1.0
+
+
+PLAIN = DreamBoothRecipe()
+WITH_PRIOR = DreamBoothRecipe(steps=800, class_images=200)
+
+
+class DreamBooth:
+    """Contract: `p3s_cli.methods.base.Method`."""
+
+    given: Literal["crop"] = "crop"
+
+    def __init__(self, name: str, published: DreamBoothRecipe):
+        self.name, self.published = name, published
+
+    def recipe(self, profile: Profile, config: FinetuneConfig) -> DreamBoothRecipe:
+        return settled(self.published, self.name, profile, config)
+
+    def fit(
+        self,
+        family: Family,
+        subject: Subject,
+        config: FinetuneConfig,
+        on_step: OnStep | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> dict[str, Tensor]:
+        """Train a copy of the U-Net on crops of the references. Returns all its tensors, float32."""
+        r, words = self.recipe(family.profile, config), subject.manifest
+        unet = training_copy(family.unet).requires_grad_(True)
+        seen = images.encode(family.vae, crops(subject, family.profile.image_size))
+        prompt = PROMPT.format(f"{words.identifier} {words.class_word}")
+        sources = [Bank(seen, text.encode(family.tokenizer, family.text_encoder, [prompt]), r.batch)]
+        if r.class_images:
+            others = PROMPT.format(words.class_word)
+            sources.append(prior(family, others, r.class_images, r.class_steps, config.seed, r.batch, r.prior_weight))
+        recipe = Recipe(r.steps, r.lr, r.weight_decay, seed=config.seed)
+        return train(trainable(unet, "unet."), Denoising(family, unet, sources), recipe, on_step, checkpoint)
+
+    @contextlib.contextmanager
+    def bind(
+        self,
+        family: Family,
+        subject: Subject,
+        tensors: Mapping[str, Tensor],
+        recipe: Mapping[str, Any],
+        sampling: GenerateConfig,
+    ) -> Iterator[Generator]:
+        """The tuned U-Net; strength goes from the base's weights (0) to the tuned ones (1) and beyond."""
+        tuned = tuned_copy(family.unet, tensors, "unet.", sampling.strength)
+        yield Generator(
+            lambda prompts: text.encode(family.tokenizer, family.text_encoder, prompts), noise_of(family, tuned)
+        )
+
+
+register(DreamBooth("dreambooth", PLAIN))
+register(DreamBooth("dreambooth-prior", WITH_PRIOR))

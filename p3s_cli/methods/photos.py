@@ -1,0 +1,55 @@
+"""What methods see of a subject's references: the photo without its look-alike, or the photo itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from p3s_cli.methods.views import close_view, look
+from p3s_cli.sd import images
+from p3s_cli.sd.weights import load_tensors
+from p3s_cli.subject import Reference, Subject, mask_layout
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A reference: pixels (3, H, W) in [0, 1] and the subject's mask (H, W) bool."""
+
+    pixels: Tensor
+    mask: Tensor
+
+
+def mask_tensors(subject: Subject, reference: Reference) -> dict[str, Tensor]:
+    """What `p3s mask` wrote of a reference. Raises InputError if it is not whole."""
+    name = f"{reference.folder}/mask.safetensors"
+    sha = reference.mask.artifacts.get(name) if reference.mask else None
+    return load_tensors(subject.path(name), mask_layout(reference), sha)[0]
+
+
+def read_photos(subject: Subject) -> list[Photo]:
+    """The inpainted references with their masks, as `p3s mask` left them."""
+    photos = []
+    for reference in subject.manifest.references:
+        tensors = mask_tensors(subject, reference)
+        photos.append(Photo(tensors["inpainted"].float() / 255, tensors["subject"].bool()))
+    return photos
+
+
+def read_originals(subject: Subject) -> list[Photo]:
+    """The references as they were taken, look-alike and all, with the subject's mask."""
+    photos = []
+    for reference in subject.manifest.references:
+        tensors = mask_tensors(subject, reference)
+        pixels = images.to_tensor(images.load_image(subject.path(f"{reference.folder}/photo.png")))
+        photos.append(Photo(pixels, tensors["subject"].bool()))
+    return photos
+
+
+def crops(subject: Subject, size: int) -> Tensor:
+    """Square crops (K, 3, size, size) around the subject, one of each original reference.
+
+    What a person would cut out for a method that cannot be told which of two things is meant.
+    """
+    return torch.stack([look(p.pixels, close_view(p.mask), size) for p in read_originals(subject)])

@@ -1,0 +1,65 @@
+"""No tuning at all: the base model draws some member of the class. The line that every method must leave."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from p3s_cli.config import FinetuneConfig, GenerateConfig
+from p3s_cli.methods.base import Generator, register
+from p3s_cli.methods.denoising import noise_of
+from p3s_cli.sd import text
+from p3s_cli.sd.family import Family, Profile
+from p3s_cli.sd.train import Checkpoint, OnStep
+from p3s_cli.subject import Subject
+
+
+@dataclass(frozen=True)
+class UntunedRecipe:
+    steps: int = 0
+
+
+class Untuned:
+    """Contract: `p3s_cli.methods.base.Method`."""
+
+    name = "untuned"
+    given: Literal["nothing"] = "nothing"
+
+    def recipe(self, profile: Profile, config: FinetuneConfig) -> UntunedRecipe:
+        return UntunedRecipe()
+
+    def fit(
+        self,
+        family: Family,
+        subject: Subject,
+        config: FinetuneConfig,
+        on_step: OnStep | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> dict[str, Tensor]:
+        """Nothing is learnt."""
+        return {}
+
+    @contextlib.contextmanager
+    def bind(
+        self,
+        family: Family,
+        subject: Subject,
+        tensors: Mapping[str, Tensor],
+        recipe: Mapping[str, Any],
+        sampling: GenerateConfig,
+    ) -> Iterator[Generator]:
+        """The family as it is. The identifier, which means nothing to it, is left out of the prompts."""
+        identifier = re.compile(rf"(?<!\w){re.escape(subject.manifest.identifier)}(?!\w)\s*")
+
+        def encode(prompts: Sequence[str]) -> Tensor:
+            return text.encode(family.tokenizer, family.text_encoder, [identifier.sub("", p) for p in prompts])
+
+        yield Generator(encode, noise_of(family, family.unet))
+
+
+register(Untuned())

@@ -1,0 +1,55 @@
+"""Train the bundled family from nothing: tokenizer, autoencoder, CLIP pair, U-Net, readers; then export it.
+
+    python -m p3s_cli.world.recipe vae --work runs/world          # one stage
+    python -m p3s_cli.world.recipe all --work runs/world --device cuda
+
+Every stage resumes from its checkpoint, so `--until` cuts a long run into pieces. Scenes are drawn
+on the training device. Training scenes have seeds below 10,000,000; held-out ones start there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from p3s_cli.world.recipe.autoencoder import stage_vae
+from p3s_cli.world.recipe.contrast import stage_clip, stage_tokenizer, stage_vision, stage_vision_long
+from p3s_cli.world.recipe.denoiser import stage_unet, stage_unet_long
+from p3s_cli.world.recipe.export import stage_export
+from p3s_cli.world.recipe.readers import stage_identity, stage_labels
+from p3s_cli.world.recipe.workshop import SCENES, Workshop
+
+STAGES: dict[str, Callable[[Workshop], None]] = {
+    "tokenizer": stage_tokenizer,
+    "vae": stage_vae,
+    "clip": stage_clip,
+    "vision": stage_vision,
+    "vision_long": stage_vision_long,
+    "unet": stage_unet,
+    "unet_long": stage_unet_long,
+    "labels": stage_labels,
+    "identity": stage_identity,
+    "export": stage_export,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=[*STAGES, "all"])
+    parser.add_argument("--work", type=Path, default=Path("runs/world"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes to draw")
+    parser.add_argument("--steps", type=int, help="length of the whole stage, instead of the recipe's")
+    parser.add_argument("--until", type=int, help="stop before this step; a later call goes on")
+    args = parser.parse_args()
+    shop = Workshop(args.work, args.device, args.seed, args.scenes, args.steps, args.until)
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        STAGES[stage](shop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The tokenizer and the CLIP pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer
+
+from p3s_cli.world import models
+from p3s_cli.world.recipe.workshop import BATCH, STEPS, Workshop
+from p3s_cli.world.scenes import SIZE, Wording, caption, sample_scene
+
+
+def stage_tokenizer(shop: Workshop) -> None:
+    captions = [caption(sample_scene(seed), seed) for seed in range(20_000)]
+    tokenizer = models.build_tokenizer(captions, shop.family / "tokenizer")
+    shop.log("tokenizer", {"tokens": len(tokenizer)})
+
+
+def stage_clip(shop: Workshop) -> None:
+    """Both CLIP towers, by symmetric contrast; most steps show a quarter of the patches (FLIP, arXiv:2212.00794)."""
+    torch.manual_seed(shop.seed)
+    tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
+    clip = models.build_clip(tokenizer).to(shop.device)
+    _contrast(shop, "clip", clip, tokenizer, shown=lambda progress: 0.25 if progress < 0.94 else 1.0, alike=0.0)
+
+
+def stage_vision(shop: Workshop) -> None:
+    """The vision tower alone goes on, towards the locked text tower (LiT, arXiv:2111.07991), which the U-Net reads.
+
+    Half of the batches share one background, so that categories and looks have to be told apart, and at
+    the end all patches are shown: from a quarter of them no outline can be learnt.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
+    clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device)
+    clip.text_model.requires_grad_(False)
+    _contrast(shop, "vision", clip, tokenizer, shown=lambda progress: 0.5 if progress < 0.75 else 1.0, alike=0.5)
+
+
+def stage_vision_long(shop: Workshop) -> None:
+    """A second round of the vision tower, most of it on captions that name the kind alone, or the place alone.
+
+    Told by whole captions only, the tower leans on colours and grounds, which are easier than outlines.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
+    clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device)
+    clip.text_model.requires_grad_(False)
+    shown = lambda progress: 0.5 if progress < 0.8 else 1.0  # noqa: E731
+    _contrast(
+        shop, "vision_long", clip, tokenizer, shown, alike=0.5, wordings=("kind", "kind", "full", "full", "place")
+    )
+
+
+def _contrast(
+    shop: Workshop,
+    stage: str,
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    shown: Callable,
+    alike: float,
+    wordings: tuple[Wording, ...] = ("full",),
+) -> None:
+    """Train `clip` by symmetric contrast, in which equal captions are each other's positives (arXiv:2204.03610).
+
+    `shown` gives the share of patches by progress, `alike` the share of one-background batches; each
+    batch draws one of `wordings`.
+    """
+    steps = shop.steps or STEPS[stage]
+    patches = (SIZE // clip.config.vision_config.patch_size) ** 2
+
+    def image_vector(pixels: Tensor, keep: Tensor) -> Tensor:
+        tower = clip.vision_model
+        hidden = tower.pre_layrnorm(tower.embeddings(pixels)[:, keep])
+        hidden = tower.encoder(inputs_embeds=hidden).last_hidden_state
+        return clip.visual_projection(tower.post_layernorm(hidden[:, 0]))
+
+    def loss(step: int, generator: torch.Generator):
+        wording = wordings[int(torch.randint(len(wordings), (1,), generator=generator))]
+        one_place = wording != "place" and torch.rand(1, generator=generator).item() < alike
+        index = (shop.pool.draw_alike if one_place else shop.pool.draw)(BATCH[stage], generator)
+        order = torch.randperm(patches, generator=generator)[: round(shown(step / steps) * patches)] + 1
+        keep = torch.cat((torch.zeros(1, dtype=torch.long), order)).to(shop.device)
+        captions = shop.pool.captions(index, generator, wording)
+        tokens = tokenizer(captions, padding=True, return_tensors="pt").to(shop.device)
+        with shop.autocast():
+            image = F.normalize(image_vector(shop.pool.pixels(index), keep).float(), dim=-1)
+            text = clip.text_projection(clip.text_model(**tokens).pooler_output).float()
+        logits = clip.logit_scale.clamp(max=4.6).exp() * image @ F.normalize(text, dim=-1).T
+        equal = torch.tensor([[float(a == b) for b in captions] for a in captions], device=shop.device)
+        target = equal / equal.sum(1, keepdim=True)
+        value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        found = equal.gather(1, logits.argmax(1, keepdim=True)).mean().item()
+        return value, {f"{wording} found": found}
+
+    shop.fit(stage, clip, loss, weight_decay=0.05, ema=0.0)
+    clip.save_pretrained(shop.family / "clip")

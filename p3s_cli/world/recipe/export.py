@@ -1,0 +1,35 @@
+"""The trained parts as one family folder, small enough to ship."""
+
+from __future__ import annotations
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, ResNetForImageClassification, ResNetModel
+
+from p3s_cli.world import models
+from p3s_cli.world.recipe.workshop import Workshop
+from p3s_cli.world.scenes import SIZE
+
+
+def stage_export(shop: Workshop) -> None:
+    """The family as a diffusers folder of fp16 safetensors, with `p3s.json` for what is particular to it."""
+    target = shop.work / "export"
+    clip = CLIPModel.from_pretrained(shop.family / "clip").half()
+    parts = {
+        "vae": AutoencoderKL.from_pretrained(shop.family / "vae").half(),
+        "unet": UNet2DConditionModel.from_pretrained(shop.family / "unet").half(),
+        "text_encoder": clip.text_model,
+        "readers/labels": ResNetForImageClassification.from_pretrained(shop.family / "readers/labels").half(),
+        "readers/identity": ResNetModel.from_pretrained(shop.family / "readers/identity").half(),
+        "clip": clip,  # the whole pair, as openai/clip-vit-large-patch14 has it: towers and both projections
+    }
+    for name, model in parts.items():
+        model.save_pretrained(target / name, max_shard_size="15MB")
+    CLIPTokenizer.from_pretrained(shop.family / "tokenizer").save_pretrained(target / "tokenizer")
+    CLIPImageProcessor(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    ).save_pretrained(target / "clip")
+    models.build_scheduler().save_pretrained(target / "scheduler")
+    shop.log("export", {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()})

@@ -1,0 +1,170 @@
+"""What every stage of the recipe shares: training scenes, step counts, the way a run trains and reports."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from p3s_cli.sd.train import Checkpoint, Recipe, train
+from p3s_cli.world.render import render
+from p3s_cli.world.scenes import BACKGROUNDS, Wording, caption, sample_scene, short_caption
+
+HELD_OUT = 10_000_000
+
+STEPS = {
+    "vae": 7_500,
+    "clip": 1_400,
+    "vision": 900,
+    "vision_long": 1_800,
+    "unet": 4_800,
+    "unet_long": 6_000,
+    "labels": 3_000,
+    "identity": 1_200,
+}
+BATCH = {
+    "vae": 16,
+    "clip": 96,
+    "vision": 96,
+    "vision_long": 96,
+    "unet": 32,
+    "unet_long": 32,
+    "labels": 96,
+    "identity": 128,
+}
+LEARNING_RATE = {
+    "vae": 2e-3,
+    "clip": 1e-3,
+    "vision": 7e-4,
+    "vision_long": 7e-4,
+    "unet": 5e-4,
+    "unet_long": 5e-4,
+    "labels": 3e-3,
+    "identity": 2e-3,
+}
+SCENES = 32_000
+
+
+class Pool:
+    """Training scenes with fresh captions at every visit; drawn at first need and kept as bytes."""
+
+    def __init__(self, size: int, device: str):
+        self.device, self.scenes = device, [sample_scene(seed) for seed in range(size)]
+        self._by_place = {
+            b: torch.tensor([i for i, s in enumerate(self.scenes) if s.background == b]) for b in BACKGROUNDS
+        }
+
+    @property
+    def images(self) -> Tensor:
+        """(N, 3, 128, 128), bytes."""
+        return self._drawn[0]
+
+    @property
+    def subjects(self) -> Tensor:
+        """(N, 1, 16, 16), the share of each latent pixel that is subject, in 0..255."""
+        return self._drawn[1]
+
+    @cached_property
+    def _drawn(self) -> tuple[Tensor, Tensor]:
+        images, subjects = [], []
+        for i in range(0, len(self.scenes), 64):
+            pixels, masks = render(self.scenes[i : i + 64], self.device)
+            images.append((255 * pixels).round().to(torch.uint8))
+            subjects.append((255 * F.avg_pool2d(masks.amax(1, keepdim=True).float(), 8)).round().to(torch.uint8))
+        return torch.cat(images), torch.cat(subjects).cpu()
+
+    def pixels(self, index: Tensor) -> Tensor:
+        """(B, 3, 128, 128) in [-1, 1]."""
+        return self.images[index.to(self.images.device)].float() / 127.5 - 1
+
+    def captions(self, index: Tensor, generator: torch.Generator, wording: Wording = "full") -> list[str]:
+        salt = torch.randint(2**31, (len(index),), generator=generator).tolist()
+        if wording != "full":
+            return [short_caption(self.scenes[i], wording) for i in index.tolist()]
+        return [caption(self.scenes[i], s) for i, s in zip(index.tolist(), salt, strict=True)]
+
+    def draw_alike(self, n: int, generator: torch.Generator) -> Tensor:
+        """Scenes that share one background."""
+        places = list(BACKGROUNDS)
+        place = places[int(torch.randint(len(places), (1,), generator=generator))]
+        rows = self._by_place[place]
+        return rows[torch.randint(len(rows), (n,), generator=generator)]
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(len(self.scenes), (n,), generator=generator)
+
+
+class Workshop:
+    """One run of the recipe: where its files are, on which device, how it reports."""
+
+    def __init__(self, work: Path, device: str, seed: int, scenes: int, steps: int | None, until: int | None):
+        self.work, self.device, self.seed, self.steps, self.until = work, device, seed, steps, until
+        self.family = work / "family"
+        self._scenes = scenes
+
+    @cached_property
+    def pool(self) -> Pool:
+        return Pool(self._scenes, self.device)
+
+    def log(self, stage: str, row: dict) -> None:
+        line = json.dumps({"stage": stage, **row})
+        self.work.mkdir(parents=True, exist_ok=True)
+        with open(self.work / "log.jsonl", "a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+    def autocast(self):
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16)
+
+    def _checkpoint(self, stage: str) -> Checkpoint:
+        folder = self.work / "checkpoints" / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        return Checkpoint(folder, 90)
+
+    def fit(self, stage: str, module: nn.Module, loss: Callable, weight_decay: float, ema: float) -> None:
+        """Train all of `module`, leaving the weights to keep in it."""
+        steps = self.steps or STEPS[stage]
+        recipe = Recipe(
+            steps,
+            LEARNING_RATE[stage],
+            weight_decay,
+            warmup=min(200, steps // 10),
+            decay="cosine",
+            ema=ema,
+            seed=self.seed,
+            betas=(0.9, 0.99),
+        )
+        trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        started, first = time.monotonic(), [None]
+
+        def on_step(step: int, total: int, numbers: dict[str, float]) -> None:
+            first[0] = first[0] or step
+            if step % 50 == 0 or step == total:
+                rate = (step - first[0] + 1) * BATCH[stage] / (time.monotonic() - started)
+                self.log(
+                    stage,
+                    {
+                        "step": step,
+                        "of": total,
+                        "samples_per_s": round(rate, 1),
+                        **{k: round(v, 5) for k, v in numbers.items()},
+                    },
+                )
+
+        keep = train(
+            trained,
+            loss,
+            recipe,
+            on_step,
+            self._checkpoint(stage),
+            self.until,
+        )
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(keep[name])

@@ -1,0 +1,69 @@
+"""The DreamBench folder, as published and as a twin of it."""
+
+import pytest
+from PIL import Image
+
+from p3s_cli.errors import InputError
+from p3s_cli.evals import dreambench
+
+INDEX = """Classes
+
+subject_name,class
+red_ball,ball
+old_dog,dog
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} on grass'.format(unique_token, class_token),
+'a red {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} asleep'.format(unique_token, class_token),
+]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "prompts_and_classes.txt").write_text(INDEX)
+    for name in ("red_ball", "old_dog"):
+        (tmp_path / name).mkdir()
+        for k in (1, 0):
+            Image.new("RGB", (32, 32)).save(tmp_path / name / f"0{k}.jpg")
+    return tmp_path
+
+
+def test_live_subjects_get_their_own_prompts(folder):
+    ball, dog = dreambench.read(folder)
+    assert ball.prompts == ("a [V] ball on grass", "a red [V] ball") and ball.class_word == "ball"
+    assert dog.prompts == ("a [V] dog asleep",)
+    assert [p.name for p in dog.photos] == ["00.jpg", "01.jpg"]
+
+
+def test_subsets_and_shards_cover_everyone_once(folder):
+    everyone = dreambench.read(folder)
+    assert [s.name for k in (1, 2) for s in dreambench.shard(everyone, f"{k}/2")] == ["red_ball", "old_dog"]
+    assert [s.name for s in dreambench.read(folder, ["old_dog"])] == ["old_dog"]
+    for bad in ("0/2", "3/2", "half"):
+        with pytest.raises(InputError, match="i/n"):
+            dreambench.shard(everyone, bad)
+
+
+def test_what_is_no_dreambench_is_refused(folder, tmp_path_factory):
+    with pytest.raises(InputError, match="prompts_and_classes"):
+        dreambench.read(tmp_path_factory.mktemp("empty"))
+    with pytest.raises(InputError, match="red_ball"):
+        dreambench.read(folder, ["blue_ball"])
+
+
+def test_the_published_folder_has_its_thirty_subjects_and_fifty_prompts(photo_data):
+    sitters = dreambench.read(photo_data / "dreambench512")
+    assert len(sitters) == 30 and sum(len(s.photos) for s in sitters) == 158
+    assert all(len(s.prompts) == 25 for s in sitters)
+    assert len({p for s in sitters for p in s.prompts if s.class_word == "dog"}) == 25
