@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["demo", "finetune", "generate", "mask"]
+__all__ = ["P3SPipeline", "demo", "export_subject", "finetune", "generate", "import_subject", "mask"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from p3s_cli.demo import demo
 
         return demo
+    if name == "P3SPipeline":
+        from p3s_cli.pipeline import P3SPipeline
+
+        return P3SPipeline
     if name in __all__:
         from p3s_cli import stages
 

@@ -29,10 +29,12 @@ app = typer.Typer(
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 on CUDA.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**53, help="Seed of everything random in this stage.")]
+Memory = Annotated[str, typer.Option(help="Memory profile: auto, 24, 16, 12 or 8 (GB).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing has changed.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="The same bits every time on CUDA too; slower.")]
 SubjectDir = Annotated[Path, typer.Argument(help="Subject directory made by `p3s mask`.")]
+OtherVision = Annotated[str | None, typer.Option(help="Another CLIP pair than the family's: a folder or a hub id.")]
 OtherModel = Annotated[str | None, typer.Option(help="Another base than the one the subject names.")]
 
 
@@ -118,6 +120,9 @@ def mask(
     vision: Annotated[
         str, typer.Option(help="What masks are read from: clip, dinov2, or a ViT's folder or hub id.")
     ] = "clip",
+    inpainter: Annotated[
+        str | None, typer.Option(help="Another inpainting U-Net: a folder, a hub id or a .safetensors file.")
+    ] = None,
     preset: Annotated[str, typer.Option(help="default, or paper for the literal recipe.")] = "default",
     seed: Seed = 0,
     device: Device = "auto",
@@ -135,6 +140,7 @@ def mask(
     common = dict(
         model=model,
         vision=vision,
+        inpainter=inpainter,
         preset=preset,
         maps=maps,
         seed=seed,
@@ -177,6 +183,10 @@ def finetune(
     preset: Annotated[str, typer.Option(help="P3S: default, or paper for the literal recipe.")] = "default",
     seed: Seed = 0,
     model: OtherModel = None,
+    vision: Annotated[
+        str, typer.Option(help="What the control sees the references through: clip, or a CLIP pair's folder or hub id.")
+    ] = "clip",
+    memory: Memory = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
@@ -190,7 +200,7 @@ def finetune(
         state = (
             "unchanged since it was tuned"
             if result.unchanged
-            else f"tuned for {result.steps} steps, last loss {result.loss:.4f}"
+            else f"tuned for {result.steps} steps (memory profile {result.memory}), last loss {result.loss:.4f}"
         )
         return [f"{result.subject}: {state}", f'now: p3s generate {result.subject} "a [V] ... on the beach"']
 
@@ -205,6 +215,8 @@ def finetune(
         preset=preset,
         seed=seed,
         model=model,
+        vision=vision,
+        memory=memory,
         device=device,
         dtype=dtype,
         force=force,
@@ -227,11 +239,31 @@ def generate(
     subject_guidance: Annotated[
         float, typer.Option(help="Strength of the subject; equal to --guidance injects in the conditional half only.")
     ] = 1.0,
-    scheduler: Annotated[str, typer.Option(help="ddim, ddpm, dpm++, unipc, euler, euler_a, heun or pndm.")] = "ddim",
+    scheduler: Annotated[
+        str,
+        typer.Option(help="ddim, ddpm, dpm++, dpm++_karras, unipc, euler, euler_a, ... or a scheduler of diffusers."),
+    ] = "ddim",
     schedule: Annotated[
         str, typer.Option(help="P3S: weight over time, quadratic, fixed, increasing, decreasing or off.")
     ] = "quadratic",
-    strength: Annotated[float, typer.Option(min=0, help="Multiplies the weight of the subject.")] = 1.0,
+    strength: Annotated[float, typer.Option(min=0, help="Multiplies the weight of every subject.")] = 1.0,
+    negative_prompt: Annotated[str, typer.Option(help="What to keep out of the images.")] = "",
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="Another subject's directory[=STRENGTH]; the prompt then says [V1], [V2], ... Repeatable."),
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PICTURE[=STRENGTH], such as canny=edges.png; or a ControlNet's folder. Repeatable."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="LoRA for the base, a .safetensors file[=STRENGTH]. Repeatable.")
+    ] = None,
+    references: Annotated[int, typer.Option(min=1, help="How many of each subject's references it is shown.")] = 1,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; default the family's square.")] = None,
+    safety_checker: Annotated[bool, typer.Option(help="Blacken what the base's safety checker flags.")] = True,
+    metadata: Annotated[bool, typer.Option(help="Put prompt, seed and settings into each PNG.")] = True,
+    memory: Memory = "auto",
     model: OtherModel = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -264,6 +296,15 @@ def generate(
         scheduler=scheduler,
         schedule=schedule,
         strength=strength,
+        negative_prompt=negative_prompt,
+        also=also,
+        control=control,
+        lora=lora,
+        references=references,
+        size=size,
+        safety_checker=safety_checker,
+        metadata=metadata,
+        memory=memory,
         model=model,
         device=device,
         dtype=dtype,
@@ -332,6 +373,48 @@ def _show_scores(result: Any) -> list[str]:
 
 
 @app.command()
+def export(
+    subject_dir: SubjectDir,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File; default ./<subject>.p3s.safetensors.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Of the difference to the base; 48 is 73 MB on SD v1-5.")] = 48,
+    full: Annotated[bool, typer.Option("--full", help="The whole control in fp16 (1.2 GB on SD v1-5).")] = False,
+    model: OtherModel = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """A tuned subject as one small file: low-rank control, inpainted references, masks."""
+    from p3s_cli import stages
+
+    def show(result: Any) -> list[str]:
+        kind = f"rank {result.rank}, relative error {result.error:.3f}" if result.rank else "whole, fp16"
+        return [f"{result.file}: {result.bytes / 1e6:.1f} MB ({kind})"]
+
+    arguments = dict(subject_dir=subject_dir, output=output, rank=rank, full=full, model=model, device=device)
+    _run(stages.export_subject, as_json, show, **arguments)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="File that `p3s export` wrote.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Subject directory to make; default the file's name.")
+    ] = None,
+    model: OtherModel = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """A subject directory, ready to generate, from an exported file; its base is checked."""
+    from p3s_cli import stages
+
+    def show(result: Any) -> list[str]:
+        return [f'{result.subject}: class {result.class_word}; now: p3s generate {result.subject} "a [V] ..."']
+
+    _run(stages.import_subject, as_json, show, file=file, output=output, model=model, device=device)
+
+
+@app.command()
 def demo(
     directory: Annotated[Path, typer.Argument(help="Where to put everything.")] = Path("p3s-demo"),
     seed: Annotated[int, typer.Option(min=0, help="Which scene to draw, and the seed of every stage.")] = 0,
@@ -344,6 +427,51 @@ def demo(
     from p3s_cli import demo as story
 
     _run(story.demo, as_json, story.table, directory=directory, seed=seed, device=device, dtype=dtype, force=force)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="Family to look at, as --model names it.")] = "sd15",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    vision: OtherVision = None,
+    as_json: Json = False,
+) -> None:
+    """What is installed, which models are here, what each stage needs, and what to do about it. Fetches nothing."""
+    from p3s_cli import setup
+
+    _run(setup.doctor, as_json, _show_report, model=model, device=device, dtype=dtype, vision=vision)
+
+
+def _show_report(report: Any) -> list[str]:
+    total = "" if report.device_bytes is None else f" with {report.device_bytes / 1e9:.1f} GB"
+    return [
+        ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        f"device {report.device}{total}, {report.dtype}{', HF_HUB_OFFLINE is set' if report.offline else ''}",
+        f"{report.model}:",
+        *(_show_part(p) for p in report.parts),
+        f"memory profile {report.memory}: "
+        + ", ".join(f"{stage} about {need / 1e9:.1f} GB" for stage, need in report.needs.items()),
+        *(f"to do: {line}" for line in report.advice or ("nothing, all is here",)),
+    ]
+
+
+def _show_part(part: Any) -> str:
+    size = f"{part.bytes / 1e6:9.1f} MB" if part.folder else " " * 12
+    note = "" if part.needed else " (optional)"
+    return f"  {part.name:<18}{part.state:<9}{size}  {part.source}{note}"
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="Family to fetch, as --model names it.")] = "sd15",
+    vision: OtherVision = None,
+    as_json: Json = False,
+) -> None:
+    """Bring everything a family needs into the cache, and verify it."""
+    from p3s_cli import setup
+
+    _run(setup.fetch, as_json, lambda parts: [_show_part(p) for p in parts], model=model, vision=vision)
 
 
 def run() -> None:

@@ -19,6 +19,7 @@ from p3s_cli.errors import InputError
 Similarity = Literal["raw", "rescaled"]
 Injection = Literal["literal", "gated"]
 AttentionReading = Literal["printed", "sum", "relative", "off"]
+Optimizer = Literal["adamw", "adamw8"]
 Schedule = Literal["quadratic", "fixed", "increasing", "decreasing", "off"]
 
 
@@ -74,6 +75,30 @@ class WeightSchedule:
 
 
 @dataclass(frozen=True)
+class MemoryProfile:
+    """What is switched so that SD v1-5 in bfloat16 fits a card of that many gigabytes.
+
+    The training figures they follow: 13.8 GB with fp32 Adam, 10.2 with 8-bit Adam, 6.1 with bfloat16
+    masters, checkpointing and the encoders off the card as well.
+    """
+
+    gigabytes: int
+    optimizer: Optimizer = "adamw"  # adamw8 keeps both moments in 8 bits
+    masters: Literal["float32", "bfloat16"] = "float32"  # what trains; bfloat16 is rounded stochastically
+    checkpointing: bool = False  # recompute activations in the backward pass
+    offload: bool = False  # text encoder, VAE and CLIP are on the CPU while the U-Nets work
+    images: int = 4  # sampled together, and decoded together
+
+
+MEMORY = {
+    "24": MemoryProfile(24),
+    "16": MemoryProfile(16, images=2),
+    "12": MemoryProfile(12, optimizer="adamw8", images=1),
+    "8": MemoryProfile(8, "adamw8", "bfloat16", checkpointing=True, offload=True, images=1),
+}
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """One subject's tuning. None means the family's own recommendation."""
 
@@ -82,6 +107,7 @@ class FinetuneConfig:
     lr: float | None = None
     batch: int | None = None
     seed: int = 0
+    memory: MemoryProfile = MEMORY["24"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +120,9 @@ class GenerateConfig:
     scheduler: str = "ddim"
     schedule: WeightSchedule = field(default_factory=WeightSchedule)
     strength: float = 1.0  # multiplies eps_t
+    negative_prompt: str = ""  # what stands in for the empty text
+    references: int = 1  # of each subject, side by side
+    size: tuple[int, int] | None = None  # height and width in pixels; None is the family's square
 
 
 PAPER_CONTROL = ControlConfig(

@@ -83,6 +83,17 @@ def test_generate_checks_its_words_before_anything_is_loaded(home, pair):
     assert "p3s finetune two" in p3s("generate", "two", "a [V] dog").stderr
 
 
+def test_doctor_says_what_is_here_what_it_takes_and_what_to_do(home):
+    report = json.loads(p3s("doctor", "world", "--device", "cpu", "--json").stdout)
+    assert {p["state"] for p in report["parts"]} == {"present"} and report["advice"] == []
+    assert report["versions"]["torch"] and report["dtype"] == "float32" and report["offline"]
+    text = p3s("doctor", "sd15").stdout
+    assert "unset HF_HUB_OFFLINE, then run: p3s fetch sd15" in text and "memory profile" in text
+    assert p3s("doctor", "sd99").exit_code == 2
+    result = p3s("fetch", "sd15")
+    assert result.exit_code == 2 and "cannot be fetched without a network" in result.stderr
+
+
 def test_a_manifest_from_elsewhere_is_refused(home):
     (home / "odd").mkdir()
     (home / "odd/subject.json").write_text('{"schema_version": 99}')

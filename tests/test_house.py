@@ -24,7 +24,9 @@ ALLOWED = {
     "world": {"sd"},
     "benches": {"stages", "world", "evals", "methods", "sd", "segment", "subject"},
     "demo": {"stages", "world", "evals", "pictures", "sd"},
-    "cli": {"stages", "benches", "demo", "methods"},  # of methods only the names
+    "setup": {"methods", "sd"},
+    "pipeline": {"methods", "sd", "subject"},
+    "cli": {"stages", "benches", "demo", "methods", "setup"},  # of methods only the names
 }
 
 

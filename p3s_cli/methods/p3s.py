@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, read_control
+from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, MemoryProfile, read_control
 from p3s_cli.errors import InputError
 from p3s_cli.methods.base import Generator, register
 from p3s_cli.methods.denoising import diffuse, noise_schedule
 from p3s_cli.methods.photos import Photo, read_photos
 from p3s_cli.methods.views import View, base_view, look, random_view
+from p3s_cli.paper.injection import Injection, attention_seam
 from p3s_cli.paper.losses import denoising_loss, total_loss
 from p3s_cli.paper.model import P3SControl, connected, controlled_noise
 from p3s_cli.paper.schedule import injection_weight
@@ -37,26 +38,86 @@ class Condition:
     latent: Tensor
     vision: Tensor
 
-    def __getitem__(self, index: Tensor) -> Condition:
+    def __getitem__(self, index: Tensor | slice) -> Condition:
         return Condition(self.latent[index], self.vision[index])
 
     def repeat(self, n: int) -> Condition:
         return Condition(self.latent.expand(n, -1, -1, -1), self.vision.expand(n, -1, -1))
 
 
-def condition(family: Family, photos: list[Photo], views: list[View], config: ControlConfig) -> Condition:
-    """Encode what the copy sees of each photo through its view, its background removed if so configured."""
-    size = family.profile.image_size
+def condition(
+    family: Family,
+    photos: list[Photo],
+    views: list[View],
+    config: ControlConfig,
+    size: tuple[int, int] | None = None,
+) -> Condition:
+    """Encode what the copy sees of each photo through its view, its background removed if so configured.
+
+    The latents have `size` (height, width in pixels; default the family's square), as the image to be
+    drawn has; the vision tower always sees the square.
+    """
+    square = (family.profile.image_size,) * 2
+    seen = _seen(photos, views, config, square)
+    vision = torch.cat([family.vision.tokens(b) for b in seen.split(8)])
+    drawn = seen if size in (None, square) else _seen(photos, views, config, size)
+    return Condition(images.encode(family.vae, drawn), vision)
+
+
+def _seen(photos: list[Photo], views: list[View], config: ControlConfig, size: tuple[int, int]) -> Tensor:
     seen = []
     for photo, view in zip(photos, views, strict=True):
-        square = look(photo.pixels, view, size)
+        picture = look(photo.pixels, view, size)
         if config.reference_background == "remove":
             keep = look(photo.mask.float()[None], view, size)
-            square = square * keep + 0.5 * (1 - keep)
-        seen.append(square)
-    batch = torch.stack(seen)
-    vision = torch.cat([family.vision.tokens(b) for b in batch.split(8)])
-    return Condition(images.encode(family.vae, batch), vision)
+            picture = picture * keep + 0.5 * (1 - keep)
+        seen.append(picture)
+    return torch.stack(seen)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tuned subject's part in an image: its control's tensors and settings, and how strongly it is injected."""
+
+    subject: Subject
+    tensors: Mapping[str, Tensor]
+    config: ControlConfig
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A subject's control on the device, and what its copy sees of each reference used, one at a time."""
+
+    control: P3SControl
+    seen: list[Condition]
+    strength: float
+
+    @classmethod
+    def build(cls, family: Family, part: Part, references: int, size: tuple[int, int] | None) -> _Bound:
+        control = P3SControl(family.unet, family.vision.width, part.config)
+        try:
+            check_layout(layout_of(part.tensors), layout_of(control.state_dict()))
+        except ValueError as error:
+            raise InputError(
+                f"the control of {part.subject.root} does not fit this base ({error}); tune it again"
+            ) from error
+        control.load_state_dict(part.tensors)
+        control.to(family.device, family.dtype).eval().requires_grad_(False)
+        photos = read_photos(part.subject)[:references]
+        seen = condition(family, photos, [base_view(p.mask) for p in photos], part.config, size)
+        seen = Condition(seen.latent.to(family.dtype), seen.vision.to(family.dtype))
+        return cls(control, [seen[i : i + 1] for i in range(len(photos))], part.strength)
+
+    def injections(self, x_t: Tensor, t: Tensor, states: Tensor, weight: float) -> list[Injection]:
+        """P3S eq. 6 for each reference; together they take the place of one."""
+        weights = torch.full((len(x_t),), weight * self.strength, device=x_t.device)
+        made = []
+        for seen in self.seen:
+            given = seen.repeat(len(x_t))
+            injection, _ = self.control.inject(x_t, t, states, given.latent, given.vision, weights)
+            made.append(replace(injection, share=1 / len(self.seen)))
+        return made
 
 
 @dataclass(frozen=True)
@@ -129,13 +190,16 @@ class P3S:
             weight_decay=0.01,
             seed=config.seed,
             lr_scale=(("gates", config.control.gate_lr_scale),),
+            optimizer=config.memory.optimizer,
         )
         torch.manual_seed(config.seed)
-        control = P3SControl(family.unet, family.vision.width, config.control).to(family.device)
+        control = P3SControl(family.unet, family.vision.width, config.control)
+        control.to(family.device, torch.bfloat16 if config.memory.masters == "bfloat16" else torch.float32)
         bank = _Bank.build(family, read_photos(subject), config.control, config.seed)
         loss = _Loss(family, subject, control, bank, config.control, config.batch)
-        with connected(family.unet, control):
-            return train(dict(control.named_parameters()), loss, recipe, on_step, checkpoint)
+        with connected(family.unet, control), _saving(family, control, config.memory):
+            trained = train(dict(control.named_parameters()), loss, recipe, on_step, checkpoint)
+        return {name: tensor.float() for name, tensor in trained.items()}
 
     @contextlib.contextmanager
     def bind(
@@ -147,33 +211,43 @@ class P3S:
         sampling: GenerateConfig,
     ) -> Iterator[Generator]:
         """The frozen U-Net under this subject's control, conditioned on its first reference; as found on exit."""
-        control_config = read_control(recipe)
-        control = P3SControl(family.unet, family.vision.width, control_config)
-        try:
-            check_layout(layout_of(tensors), layout_of(control.state_dict()))
-        except ValueError as error:
-            raise InputError(
-                f"the control of {subject.root} does not fit this base ({error}); tune it again"
-            ) from error
-        control.load_state_dict(tensors)
-        control.to(family.device, family.dtype).eval().requires_grad_(False)
-        photo = read_photos(subject)[0]
-        seen = condition(family, [photo], [base_view(photo.mask)], control_config)
-        seen = Condition(seen.latent.to(family.dtype), seen.vision.to(family.dtype))
+        with self.bind_many(family, [Part(subject, tensors, read_control(recipe))], sampling) as generator:
+            yield generator
 
-        def eps(x_t: Tensor, t: Tensor, states: Tensor, with_subject: bool) -> Tensor:
+    @contextlib.contextmanager
+    def bind_many(self, family: Family, parts: Sequence[Part], sampling: GenerateConfig) -> Iterator[Generator]:
+        """The frozen U-Net under the control of several subjects at once, their features side by side; as found on exit."""
+        bound = [_Bound.build(family, part, sampling.references, sampling.size) for part in parts]
+
+        def eps(x_t: Tensor, t: Tensor, states: Tensor, with_subject: bool, residuals: tuple | None = None) -> Tensor:
             weight = sampling.strength * injection_weight(float(t[0]), sampling.schedule)
             x_t = x_t.to(family.dtype)
-            if not with_subject or weight == 0:
-                return controlled_noise(family.unet, x_t, t, states, None).float()
-            given = seen.repeat(len(x_t))
-            injection, _ = control.inject(
-                x_t, t, states, given.latent, given.vision, torch.full((len(x_t),), weight, device=x_t.device)
-            )
-            return controlled_noise(family.unet, x_t, t, states, injection).float()
+            present = [b for b in bound if with_subject and weight * b.strength != 0]
+            injections = [i for b in present for i in b.injections(x_t, t, states, weight)]
+            return controlled_noise(family.unet, x_t, t, states, *injections, residuals=residuals).float()
 
-        with connected(family.unet, control):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(attention_seam(family.unet, "frozen"))
+            for b in bound:
+                stack.enter_context(attention_seam(b.control.copy, "copy"))
             yield Generator(lambda prompts: text.encode(family.tokenizer, family.text_encoder, prompts), eps)
+
+
+@contextlib.contextmanager
+def _saving(family: Family, control: P3SControl, memory: MemoryProfile) -> Iterator[None]:
+    """What a memory profile switches while training; the family as found on exit."""
+    unets = (family.unet, control.copy) if memory.checkpointing else ()
+    for unet in unets:
+        unet.enable_gradient_checkpointing()
+    if memory.offload:
+        family.rest()
+    try:
+        yield
+    finally:
+        for unet in unets:
+            unet.disable_gradient_checkpointing()
+        if memory.offload:
+            family.wake()
 
 
 class _Loss:
@@ -184,6 +258,8 @@ class _Loss:
     ):
         self.unet, self.control, self.bank, self.config, self.batch = family.unet, control, bank, config, batch
         self.device, self.dtype = family.device, family.dtype
+        # masters in bfloat16 compute in it, whatever the frozen part is kept in
+        self.autocast = self.dtype if self.dtype != torch.float32 else next(control.parameters()).dtype
         self.noise_schedule = noise_schedule(family)
         name = f"{subject.manifest.identifier} {subject.manifest.class_word}"
         prompts = [f"{t.format(name)} {c}".strip() for t in TEMPLATES for c in config.contexts]
@@ -200,7 +276,7 @@ class _Loss:
         states = self.text[torch.where(no_text, len(self.text) - 1, template)]
         ones = torch.ones(n, device=self.device)
         maps = config.attention_loss != "off"
-        with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(self.device.split(":")[0], self.autocast, enabled=self.autocast != torch.float32):
             injection, copy_maps = self.control.inject(x_t, t, states, seen.latent, seen.vision, ones, active, maps)
             predicted = controlled_noise(self.unet, x_t, t, states, injection)
         weight = config.background_weight + (1 - config.background_weight) * inside

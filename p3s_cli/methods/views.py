@@ -68,21 +68,25 @@ def random_view(base: View, mask: Tensor, generator: torch.Generator) -> View:
     return View(x + side * 0.6 * (u[1] - 0.5), y + side * 0.6 * (u[2] - 0.5), side, 16 * (u[3] - 0.5), u[4] < 0.5)
 
 
-def look(image: Tensor, view: View, size: int) -> Tensor:
-    """Resample (C, H, W) through the view to (C, size, size); beyond the photo's edge it is mirrored."""
+def look(image: Tensor, view: View, size: int | tuple[int, int]) -> Tensor:
+    """Resample (C, H, W) through the view to (C, size, size); beyond the photo's edge it is mirrored.
+
+    A `size` (height, width) that is no square shows the view's square and more along its longer side.
+    """
     height, width = image.shape[-2:]
-    shrink = min(1.0, size / view.side)
+    rows, columns = (size, size) if isinstance(size, int) else size
+    shrink = min(1.0, min(rows, columns) / view.side)
     if shrink < 1:  # resample from a reduced photo, so that fine detail does not alias
         small = (max(1, round(height * shrink)), max(1, round(width * shrink)))
         image = F.interpolate(image[None], size=small, mode="bilinear", antialias=True, align_corners=False)[0]
-    angle, half = math.radians(view.degrees), view.side / 2
     mirror = -1.0 if view.flip else 1.0
-    cos, sin = math.cos(angle) * half, math.sin(angle) * half
+    cos, sin = math.cos(math.radians(view.degrees)), math.sin(math.radians(view.degrees))
+    across, down = (view.side / 2 * s / min(rows, columns) for s in (columns, rows))
     theta = torch.tensor(
         [
-            [2 * cos * mirror / width, -2 * sin / width, 2 * view.x / width - 1],
-            [2 * sin * mirror / height, 2 * cos / height, 2 * view.y / height - 1],
+            [2 * cos * across * mirror / width, -2 * sin * down / width, 2 * view.x / width - 1],
+            [2 * sin * across * mirror / height, 2 * cos * down / height, 2 * view.y / height - 1],
         ]
     )
-    grid = F.affine_grid(theta[None], (1, 1, size, size), align_corners=False)
+    grid = F.affine_grid(theta[None], (1, 1, rows, columns), align_corners=False)
     return F.grid_sample(image[None], grid, mode="bilinear", padding_mode="reflection", align_corners=False)[0]

@@ -7,7 +7,8 @@ processors live inside `attention_seam`, which hands the U-Net back with the one
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +38,8 @@ class Injection:
 
     `features`: f_i of eq. 6 (B, N, C) for self-attention. `cross`: the enhancement of cross-attention
     (B, N, C). `weight`: eps_t of eq. 9, (B,). `gates`: b_i of the gated form, None for the literal one.
-    `active` (B,) bool: samples that are not gets the plain layer, extra keys skipped. `maps` as above.
+    `active` (B,) bool: samples that are not gets the plain layer, extra keys skipped. `share`: this injection's
+    part of its subject, 1/K where K references of one subject are injected side by side. `maps` as above.
     """
 
     features: dict[str, Tensor]
@@ -46,6 +48,7 @@ class Injection:
     lam: float
     gates: dict[str, Tensor] | None = None
     active: Tensor | None = None
+    share: float = 1.0
     wanted: frozenset[str] = frozenset()
     maps: dict[str, Tensor] = field(default_factory=dict)
 
@@ -112,20 +115,19 @@ class _Receiver:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        p3s: Injection | None = None,
+        p3s: Sequence[Injection] = (),
     ) -> Tensor:
-        if p3s is None:
-            context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            return attend(attn, hidden_states, context, context, None, False)[0]
-        explicit = self.name in p3s.wanted
-        if encoder_hidden_states is None:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        explicit = [i for i in p3s if self.name in i.wanted]
+        if p3s and encoder_hidden_states is None:
             keys, values, bias = injected_keys_values(hidden_states, p3s, self.name)
-            out, weights = attend(attn, hidden_states, keys, values, bias, explicit)
+            out, weights = attend(attn, hidden_states, keys, values, bias, bool(explicit))
         else:
-            out, weights = attend(attn, hidden_states, encoder_hidden_states, encoder_hidden_states, None, explicit)
-            out = out + _weight(p3s) * p3s.cross[self.name].to(out.dtype)
-        if weights is not None:
-            p3s.maps[self.name] = weights
+            out, weights = attend(attn, hidden_states, context, context, None, bool(explicit))
+            for injection in p3s:
+                out = out + _weight(injection) * injection.share * injection.cross[self.name].to(out.dtype)
+        for injection in explicit:
+            injection.maps[self.name] = weights
         return out
 
 
@@ -135,26 +137,35 @@ def _weight(p3s: Injection) -> Tensor:
     return weight.view(-1, 1, 1)
 
 
-def injected_keys_values(z: Tensor, p3s: Injection, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def injected_keys_values(z: Tensor, p3s: Sequence[Injection], name: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """P3S eq. 7: what K' and V' are projected from, and the bias on the logits of eq. 8.
 
     Literal: K' from [z, eps f], V' from [z + lam eps f, eps f]. Gated: K' from [z, f], V' from
     [z + lam eps f, f], and the extra keys' logits shifted by log(eps) + b_i, so that eps = 0 is the plain
-    layer. Inactive samples: extra keys at minus infinity. z (B, N, C) -> (B, 2N, C), (B, 2N, C), bias or None.
+    layer. Inactive samples: extra keys at minus infinity. Of several injections the features are put side by
+    side, each with its own eps, and their lam eps f summed; a share s adds log(s), so that K copies of one
+    injection with share 1/K are that injection. z (B, N, C) -> (B, M, C), (B, M, C), (B, 1, 1, M) or None.
     """
-    f = p3s.features[name].to(z.dtype)
-    weight = _weight(p3s).to(z.dtype)
-    extra = f if p3s.gates is not None else weight * f
-    keys = torch.cat((z, extra), dim=1)
-    values = torch.cat((z + p3s.lam * weight * f, extra), dim=1)
+    keys, values, shifts, base = [z], [z], [z.new_zeros(len(z), 1, z.shape[1], dtype=torch.float32)], z
+    for injection in p3s:
+        f, weight = injection.features[name].to(z.dtype), _weight(injection).to(z.dtype)
+        extra = f if injection.gates is not None else weight * f
+        base = base + injection.lam * injection.share * weight * f
+        keys, values = [*keys, extra], [*values, extra]
+        shifts.append(_shift(injection, name).expand(len(z), 1, f.shape[1]))
+    values[0] = base
+    neutral = all(i.gates is None and i.active is None and i.share == 1 for i in p3s)
+    bias = None if neutral else torch.cat(shifts, dim=-1)[:, None]
+    return torch.cat(keys, dim=1), torch.cat(values, dim=1), bias
+
+
+def _shift(p3s: Injection, name: str) -> Tensor:
+    """What is added to the logits of an injection's extra keys, (B, 1, 1), fp32."""
+    share = math.log(p3s.share)
     if p3s.gates is not None:
-        shift = _weight(p3s).float().log() + p3s.gates[name].float()
-    elif p3s.active is not None:
-        shift = torch.zeros_like(_weight(p3s)).masked_fill(~p3s.active.view(-1, 1, 1), float("-inf"))
-    else:
-        return keys, values, None
-    bias = torch.cat((shift.new_zeros(len(z), 1, z.shape[1]), shift.expand(len(z), 1, f.shape[1])), dim=-1)
-    return keys, values, bias[:, None]  # (B, 1, 1, 2N)
+        return _weight(p3s).float().log() + p3s.gates[name].float() + share
+    shift = torch.full_like(_weight(p3s).float(), share)
+    return shift if p3s.active is None else shift.masked_fill(~p3s.active.view(-1, 1, 1), float("-inf"))
 
 
 @contextlib.contextmanager

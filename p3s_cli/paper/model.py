@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -89,8 +89,23 @@ def connected(unet: UNet2DConditionModel, control: P3SControl) -> Iterator[None]
 
 
 def controlled_noise(
-    unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, text: Tensor, injection: Injection | None
+    unet: UNet2DConditionModel,
+    x_t: Tensor,
+    t: Tensor,
+    text: Tensor,
+    *injections: Injection,
+    residuals: tuple[Sequence[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """P3S eq. 9: eps = F(eps_t f, x_t, c, t). With no injection, the frozen U-Net alone. (B, C, h, w)."""
-    kwargs = None if injection is None else {"p3s": injection}
-    return unet(x_t, t, text, cross_attention_kwargs=kwargs).sample
+    """P3S eq. 9: eps = F(eps_t f, x_t, c, t). With no injection, the frozen U-Net alone. (B, C, h, w).
+
+    `residuals`: a ControlNet's, of the down blocks and of the middle one; they enter outside attention.
+    """
+    down, middle = residuals or (None, None)
+    return unet(
+        x_t,
+        t,
+        text,
+        cross_attention_kwargs={"p3s": injections} if injections else None,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=middle,
+    ).sample

@@ -1,18 +1,14 @@
 """One family of models: U-Net, VAE, text encoder, CLIP pair, inpainter; found by name, loaded when first used.
 
-    load("sd15") | load("world") | load("some/hub-id") | load("a/diffusers/folder") | load("model.safetensors")
+    load("sd15") | load("world") | load("owner/name@revision") | load("a/diffusers/folder") | load("model.safetensors")
 
-What differs between families is data in a `p3s.json` beside the weights, or in `profiles/sd15.json`
-where there is none. Only safetensors are ever loaded.
+What differs between families is data (`profile.py`). Only safetensors are ever loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,19 +17,18 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import SafetensorError
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import AutoModel, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from p3s_cli.atomic import sha256
 from p3s_cli.errors import InputError
-from p3s_cli.sd import single_file
+from p3s_cli.sd import hub, single_file
+from p3s_cli.sd import profile as profiles
+from p3s_cli.sd.hub import Part
+from p3s_cli.sd.profile import Profile
 from p3s_cli.sd.vision import ClipPair, VisionTower
 
-_PACKAGE = Path(__file__).parent.parent
-_SD15 = _PACKAGE / "sd" / "profiles" / "sd15.json"
-_WORLD = _PACKAGE / "world" / "weights"
-_TOWERS = {"dinov2": "facebook/dinov2-small"}
-_PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+_TOWERS = {"dinov2": "facebook/dinov2-small@ed25f3a31f01632728cabb09d1542f84ab7b0056"}
 
 for _library in (diffusers, transformers):
     # their notices and progress bars are for their own users; ours read one sentence
@@ -41,37 +36,12 @@ for _library in (diffusers, transformers):
     _library.utils.logging.disable_progress_bar()
 
 
-@dataclass(frozen=True)
-class Profile:
-    """What is particular to a family (`p3s.json`): sources, sizes in pixels, recommended settings."""
-
-    name: str
-    base: str
-    clip: str
-    inpainter: str | None
-    image_size: int
-    identifier: str
-    feature_layers: tuple[int, ...]  # of the vision tower's hidden states, averaged for the masks
-    feature_side: int  # pixels of a square photo as the tower sees it for the masks
-    finetune: dict[str, float]
-    guidance: float
-    nouns: tuple[str, ...]
-    protocol: str  # how `p3s eval` scores where nothing else is asked for
-    prompts: tuple[str, ...]  # what `p3s eval` draws of a subject: [V] stands for it, {} for its class word
-    # settings by method, where this family needs others than a method's published ones
-    methods: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: Path, **overrides: Any) -> Profile:
-        data = json.loads(path.read_text()) | overrides
-        return cls(**data | {name: tuple(data[name]) for name in ("nouns", "prompts", "feature_layers")})
-
-
 class Family:
     """The models of one family on one device; each part is loaded at its first use."""
 
     def __init__(self, source: str, profile: Profile, device: str, dtype: torch.dtype):
         self.source, self.profile, self.device, self.dtype = source, profile, device, dtype
+        self.inpainter_chosen = False  # by name, so that its absence is an error
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
@@ -88,53 +58,89 @@ class Family:
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        # a single-file checkpoint carries no tokenizer; CLIP's own repository has SD v1's
-        single = Path(self.profile.base).suffix == ".safetensors"
-        where, subfolder = (self._clip, None) if single else (self.profile.base, "tokenizer")
-        return _fetch(CLIPTokenizer, where, subfolder)
+        part = self.profile.part("tokenizer")
+        return hub.from_pretrained(CLIPTokenizer, part.source, part.subfolder)
 
     @cached_property
     def scheduler_config(self) -> dict:
-        if Path(self.profile.base).suffix == ".safetensors":
+        if self.profile.single:
             return single_file.scheduler_config()
-        return dict(_fetch(diffusers.DDIMScheduler, self.profile.base, "scheduler").config)
+        return dict(hub.from_pretrained(diffusers.DDIMScheduler, self.profile.base, "scheduler").config)
 
     @cached_property
     def vision(self) -> ClipPair:
-        clip = self._frozen(_fetch(CLIPModel, self._clip, None, use_safetensors=True))
-        tokenizer = _fetch(CLIPTokenizer, self._clip_tokenizer, None)
+        clip = self._frozen(self._clip_model(self.profile.clip_source))
+        tokenizer = hub.from_pretrained(CLIPTokenizer, self.profile.clip_tokenizer)
         return ClipPair(
-            clip, tokenizer, *_statistics(self._clip), self.profile.feature_layers, self.profile.feature_side
+            clip,
+            tokenizer,
+            *_statistics(self.profile.clip_source),
+            self.profile.feature_layers,
+            self.profile.feature_side,
         )
 
+    def _clip_model(self, source: str) -> CLIPModel:
+        clip = hub.from_pretrained(CLIPModel, source, use_safetensors=True)
+        if clip.config.model_type != "clip":
+            raise InputError(f"{source} holds a {clip.config.model_type}, not a CLIP pair; name a CLIP model's folder")
+        return clip
+
     def mask_tower(self, name: str = "clip") -> VisionTower:
-        """What the masks are read from: the family's own CLIP tower, `dinov2`, or any ViT of transformers.
+        """What the masks are read from: the family's own CLIP tower, `dinov2`, or any ViT (or CLIP) of transformers.
 
         Raises InputError for a name that is neither, nor a folder or hub id with a ViT in it.
         """
         if name == "clip":
             return self.vision
         where = _TOWERS.get(name, name)
-        if not Path(where).is_dir() and where.count("/") != 1:
+        if not Path(where).is_dir() and not hub.is_id(where):
             raise InputError(
                 f"no vision tower is called {name!r}; use clip, {', '.join(_TOWERS)}, a folder or a hub id"
             )
-        return VisionTower(
-            self._frozen(_fetch(AutoModel, where, None, use_safetensors=True, trust_remote_code=False)),
-            *_statistics(where),
-        )
+        model = hub.from_pretrained(AutoModel, where, use_safetensors=True, trust_remote_code=False)
+        return VisionTower(self._frozen(getattr(model, "vision_model", model)), *_statistics(where))
 
     @cached_property
     def inpaint_unet(self) -> UNet2DConditionModel | None:
-        """The inpainting sibling's U-Net; the family's own where it is its own sibling; None where none is at hand."""
-        if self.profile.inpainter is None:
-            return None
-        if self.profile.inpainter == ".":
+        """The inpainting sibling's U-Net (9 channels), or the base's own (4), which diffusers' pipeline takes as well.
+
+        Raises InputError if an inpainter that was asked for by name is not at hand.
+        """
+        sibling = self.profile.inpainter
+        if sibling in (None, "."):
             return self.unet
         try:
-            return self._frozen(_fetch(UNet2DConditionModel, self.profile.inpainter, "unet", use_safetensors=True))
+            if Path(sibling).suffix == ".safetensors":
+                return self._frozen(single_file.load_part(Path(sibling), "unet"))
+            part = self.profile.part("inpainter")
+            return self._frozen(self._load(UNet2DConditionModel, part))
         except InputError:
+            if self.inpainter_chosen:
+                raise
+            return self.unet
+
+    def rest(self) -> None:
+        """Text encoder, VAE and CLIP off the device, if they have been loaded; `wake` brings them back."""
+        self._move("cpu", ("text_encoder", "vae", "vision"))
+
+    def wake(self, *names: str) -> None:
+        self._move(self.device, names or ("text_encoder", "vae", "vision"))
+
+    def _move(self, device: str, names: Sequence[str]) -> None:
+        for name in names:
+            if name in self.__dict__:
+                getattr(self.__dict__[name], "clip", self.__dict__[name]).to(device)
+
+    @cached_property
+    def safety_checker(self) -> tuple[StableDiffusionSafetyChecker, Any] | None:
+        """diffusers' safety checker and its preprocessing, where the base has one, as its model_index.json says."""
+        if self.profile.single or not hub.lists(self.profile.base, "safety_checker", online=True):
             return None
+        from transformers import CLIPImageProcessor  # speaks up on import unless told not to, as it is by now
+
+        checker = self._load(StableDiffusionSafetyChecker, self.profile.part("safety_checker"))
+        processor = hub.from_pretrained(CLIPImageProcessor, self.profile.base, "feature_extractor")
+        return self._frozen(checker), processor
 
     @property
     def folder(self) -> Path | None:
@@ -147,7 +153,9 @@ class Family:
         base = Path(self.profile.base)
         if base.is_file():
             return sha256(base)
-        folder = base if base.is_dir() else _snapshot(self.profile.base)
+        folder = base if base.is_dir() else hub.snapshot(*hub.split(self.profile.base))
+        if folder is None:
+            raise InputError(f"{self.source} is not on this machine yet; fetch it with: p3s fetch {self.source}")
         digest = hashlib.sha256()
         for part in ("unet", "vae", "text_encoder"):
             for file in sorted((folder / part).glob("*")):
@@ -155,67 +163,35 @@ class Family:
                     digest.update(f"{part}/{file.name}:{sha256(file)}\n".encode())
         return digest.hexdigest()
 
-    @property
-    def _clip(self) -> str:
-        inside = Path(self.profile.base) / self.profile.clip
-        return str(inside) if inside.is_dir() else self.profile.clip
+    def _base_part(self, kind: Any, name: str) -> Any:
+        if self.profile.single:
+            return single_file.load_part(Path(self.profile.base), name)
+        return self._load(kind, self.profile.part(name))
 
-    @property
-    def _clip_tokenizer(self) -> str:
-        inside = Path(self._clip)
-        beside = inside.parent / "tokenizer"
-        return (
-            str(beside)
-            if inside.is_dir() and not (inside / "tokenizer.json").exists() and beside.is_dir()
-            else self._clip
-        )
-
-    def _base_part(self, kind: Any, part: str) -> Any:
-        if Path(self.profile.base).suffix == ".safetensors":
-            return single_file.load_part(Path(self.profile.base), part)
-        return _fetch(kind, self.profile.base, part, use_safetensors=True)
+    def _load(self, kind: Any, part: Part) -> Any:
+        return hub.from_pretrained(kind, part.source, part.subfolder, part.variants, use_safetensors=True)
 
     def _frozen(self, model: Any) -> Any:
         return model.to(self.device, self.dtype).eval().requires_grad_(False)
 
 
-def load(model: str = "sd15", device: str = "auto", dtype: str = "auto") -> Family:
+def load(
+    model: str = "sd15",
+    device: str = "auto",
+    dtype: str = "auto",
+    vision: str | None = None,
+    inpainter: str | None = None,
+) -> Family:
     """Find a family by name, folder, single file or hub id; nothing is read but its profile.
 
-    Raises InputError for a name that is none of these, a pickle, an unknown device or dtype.
+    `vision` is another CLIP pair than the family's, `inpainter` another inpainting U-Net: a folder, a
+    hub id, and for the inpainter a single file too. Raises InputError for a name that is none of these,
+    a pickle, an unknown device or dtype.
     """
-    where = resolve_device(device)
-    return Family(model, _profile(model), where, resolve_dtype(dtype, where))
-
-
-def _profile(model: str) -> Profile:
-    path = Path(model).expanduser()
-    if model == "sd15":
-        return Profile.read(_SD15)
-    if model == "world":
-        path = _WORLD
-    if path.suffix in _PICKLES:
-        raise InputError(
-            f"{model} is a pickle, which can run code when opened and is never loaded; convert it to .safetensors first"
-        )
-    if path.is_dir():
-        if not (path / "unet").is_dir():
-            raise InputError(
-                f"{path} is not a diffusers folder (it has no unet/); give one, or a single .safetensors file"
-            )
-        own = path / "p3s.json"
-        return (
-            Profile.read(own, base=str(path)) if own.exists() else Profile.read(_SD15, name=path.name, base=str(path))
-        )
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise InputError(f"{path} does not exist")
-        return Profile.read(_SD15, name=path.stem, base=str(path))
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return Profile.read(_SD15, name=model, base=model)
-    raise InputError(
-        f"no model is called {model!r}; use sd15, world, a diffusers folder, a hub id such as owner/name, or a .safetensors file"
-    )
+    where, profile = resolve_device(device), profiles.find(model, vision, inpainter)
+    family = Family(model, profile, where, resolve_dtype(dtype, where))
+    family.inpainter_chosen = inpainter is not None
+    return family
 
 
 def resolve_device(name: str) -> str:
@@ -240,45 +216,9 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     return kinds[name]
 
 
-def _fetch(kind: Any, where: str, subfolder: str | None, **options: Any) -> Any:
-    """`from_pretrained`, from the cache if it is there, else from the hub; an InputError that says what is missing."""
-    if subfolder is not None:
-        options["subfolder"] = subfolder
-    try:
-        return kind.from_pretrained(where, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if Path(where).exists():
-            raise InputError(
-                f"{_name(where, subfolder)} cannot be read ({_first_line(error)}); restore the folder"
-            ) from error
-        return _download(lambda: kind.from_pretrained(where, **options), where, subfolder)
-
-
-def _statistics(where: str) -> tuple[list[float], list[float]]:
+def _statistics(source: str) -> tuple[list[float], list[float]]:
     """Pixel mean and deviation that a vision tower was trained with."""
-    settings = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(where)[0]
+    where, revision = hub.split(source)
+    options = {} if revision is None else {"revision": revision}
+    settings = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(where, **options)[0]
     return settings["image_mean"], settings["image_std"]
-
-
-def _download(get: Callable[[], Any], where: str, subfolder: str | None) -> Any:
-    sentence = f"{_name(where, subfolder)} is not on this machine and cannot be fetched without a network; --model world needs neither"
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
-        raise InputError(sentence)
-    try:
-        return get()
-    except (OSError, ValueError) as error:
-        raise InputError(sentence) from error
-
-
-def _snapshot(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(repo, local_files_only=True))
-
-
-def _name(where: str, subfolder: str | None) -> str:
-    return f"{where}/{subfolder}" if subfolder else where
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

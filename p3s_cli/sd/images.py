@@ -40,6 +40,7 @@ def load_image(path: Path) -> Image.Image:
             raise InputError(f"{path} is animated; give one frame of it")
         image.load()
         upright = _rgb(ImageOps.exif_transpose(image))
+        upright.info = {}  # nothing but pixels leaves here: no EXIF, GPS, XMP or comment
     if min(upright.size) < MIN_SIDE:
         raise InputError(
             f"{path} has {upright.width} x {upright.height} pixels; a reference needs at least {MIN_SIDE} on each side"
@@ -91,9 +92,13 @@ def to_pil(pixels: Tensor) -> Image.Image:
     return Image.fromarray((pixels.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def save_png(path: Path, image: Image.Image, metadata: Mapping[str, object] | None = None) -> None:
-    """Write a PNG whole or not at all; `metadata` becomes its `p3s` text chunk, as JSON."""
+def save_png(
+    path: Path, image: Image.Image, metadata: Mapping[str, object] | None = None, parameters: str | None = None
+) -> None:
+    """Write a PNG whole or not at all; `metadata` becomes its `p3s` text chunk, as JSON, `parameters` A1111's."""
     info = PngImagePlugin.PngInfo()
+    if parameters is not None:
+        info.add_text("parameters", parameters)
     if metadata is not None:
         info.add_itxt("p3s", json.dumps(metadata, sort_keys=True))
     with replacing(path) as temporary:
@@ -119,14 +124,14 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [0, 1], float32 on the CPU.
+def decode(vae: AutoencoderKL, latents: Tensor, together: int = 4) -> Tensor:
+    """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [0, 1], float32 on the CPU, `together` at a time.
 
     What overflows in the autoencoder's own precision is decoded again in float32. NaN stays where that
     does not help, and is never clamped to a colour.
     """
     raw = latents / vae.config.scaling_factor
-    decoded = torch.cat([_decode(vae, z) for z in raw.split(4)])
+    decoded = torch.cat([_decode(vae, z) for z in raw.split(together)])
     bad = ~torch.isfinite(decoded).all(dim=(1, 2, 3))
     if bad.any() and vae.dtype != torch.float32:
         dtype = vae.dtype

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
+from diffusers import StableDiffusionInpaintPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.images import to_pil, to_tensor
+from p3s_cli.sd.pipeline import pipeline
 
 
 def inpainting_filler(
@@ -24,17 +25,7 @@ def inpainting_filler(
     unet = family.inpaint_unet
     if unet is None:
         return None
-    pipeline = StableDiffusionInpaintPipeline(
-        vae=family.vae,
-        text_encoder=family.text_encoder,
-        tokenizer=family.tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler.from_config(family.scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    pipe = pipeline(StableDiffusionInpaintPipeline, family, unet=unet)
 
     def fill(image: Tensor, region: Tensor, seed: int) -> Tensor:
         height, width = image.shape[-2:]
@@ -42,7 +33,7 @@ def inpainting_filler(
         size = tuple(max(64, round(s * scale / 8) * 8) for s in (height, width))
         small = F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
         mask = F.interpolate(region.float()[None, None], size=size)[0, 0]
-        filled = pipeline(
+        filled = pipe(
             prompt=prompt,
             image=to_pil(small),
             mask_image=to_pil(mask.expand(3, -1, -1)).convert("L"),

@@ -11,41 +11,74 @@ from torch import Tensor
 
 from p3s_cli.errors import InputError
 
-# (x_t (B, 4, h, w), t (B,), text (B, 77, D), with the subject?) -> eps (B, 4, h, w)
-Eps = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+# (x_t (B, 4, h, w), t (B,), text (B, 77, D), with the subject?) -> eps (B, 4, h, w). Where a ControlNet
+# is in play its residuals come as a fifth argument, `residuals`, for the U-Net to add.
+Eps = Callable[..., Tensor]
+# (x_t, t, text) -> what ControlNets add to the U-Net's down blocks and middle block
+Control = Callable[[Tensor, Tensor, Tensor], tuple[list[Tensor], Tensor]]
 
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpm_single": ("DPMSolverSinglestepScheduler", {}),
 }
 
 
 def check_scheduler(name: str) -> None:
-    """Raises InputError for a name that no scheduler has."""
-    if name not in SCHEDULERS:
-        raise InputError(f"no scheduler is called {name!r}; choose one of: {', '.join(SCHEDULERS)}")
+    """Raises InputError for a name that no scheduler of SD v1's noise schedule has."""
+    if name not in SCHEDULERS and name not in _compatible():
+        raise InputError(
+            f"no scheduler is called {name!r}; choose one of: {', '.join(SCHEDULERS)}, or a class of diffusers "
+            f"that runs on SD's noise schedule: {', '.join(_compatible())}"
+        )
+
+
+def _compatible() -> list[str]:
+    """The classes of diffusers that say of themselves that they can stand in for SD's own scheduler.
+
+    One of them, EDM's, scales what the model is given in a way that SD was not trained with.
+    """
+    names = {kind.__name__ for kind in diffusers.DDIMScheduler.from_config({}).compatibles}
+    return sorted(names - {"EDMEulerScheduler"})
 
 
 def build_scheduler(name: str, config: dict) -> diffusers.SchedulerMixin:
     """The scheduler of this name on the family's own noise schedule. Raises InputError for an unknown name."""
     check_scheduler(name)
-    kind, options = SCHEDULERS[name]
-    return getattr(diffusers, kind).from_config(config, **options)
+    kind, options = SCHEDULERS.get(name, (name, {}))
+    try:
+        return getattr(diffusers, kind).from_config(config, **options)
+    except ImportError as error:
+        raise InputError(f"the scheduler {name} needs a library that is missing ({error}); choose another") from error
 
 
 def guided_noise(
-    eps: Eps, x: Tensor, t: Tensor, text: Tensor, empty: Tensor, guidance: float, subject_guidance: float
+    eps: Eps,
+    x: Tensor,
+    t: Tensor,
+    text: Tensor,
+    empty: Tensor,
+    guidance: float,
+    subject_guidance: float,
+    control: Control | None = None,
 ) -> Tensor:
     """eps_u + s_i (eps_i - eps_u) + s_t (eps_t - eps_i): u knows neither, i the subject, t subject and text.
 
     s_t is `guidance`, s_i `subject_guidance`. Passes whose coefficient is zero are not run: s_i = 1
-    needs no u, s_i = s_t no i.
+    needs no u, s_i = s_t no i. `empty` may hold a negative prompt's states. `control` speaks in every pass,
+    as in diffusers.
     """
     terms = [(1 - subject_guidance, empty, False), (subject_guidance - guidance, empty, True), (guidance, text, True)]
     total = torch.zeros_like(x)
@@ -53,7 +86,8 @@ def guided_noise(
         chosen = [(c, states) for c, states, s in terms if s == with_subject and c != 0]
         if chosen:
             n = len(chosen)
-            out = eps(x.repeat(n, 1, 1, 1), t.repeat(n), torch.cat([states for _, states in chosen]), with_subject)
+            given = x.repeat(n, 1, 1, 1), t.repeat(n), torch.cat([states for _, states in chosen])
+            out = eps(*given, with_subject, **({"residuals": control(*given)} if control else {}))
             total = total + sum(c * part for (c, _), part in zip(chosen, out.chunk(n), strict=True))
     return total
 
@@ -76,8 +110,12 @@ def sample(
     guidance: float,
     subject_guidance: float = 1.0,
     on_step: Callable[[int, int], None] | None = None,
+    control: Control | None = None,
 ) -> Tensor:
-    """Latents (B, *shape), one for each seed, from text states (B, 77, D) and empty-text states (1, 77, D)."""
+    """Latents (B, *shape), one for each seed, from text states (B, 77, D) and empty-text states (1, 77, D).
+
+    A negative prompt's states may stand in the place of the empty text's.
+    """
     device = text.device
     scheduler.set_timesteps(steps, device=device)
     noise, generators = initial_noise(seeds, shape)
@@ -86,7 +124,8 @@ def sample(
     extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for i, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(x, t)
-        predicted = guided_noise(eps, scaled, t.to(device).expand(len(x)), text, empty, guidance, subject_guidance)
+        times = t.to(device).expand(len(x))
+        predicted = guided_noise(eps, scaled, times, text, empty, guidance, subject_guidance, control)
         x = scheduler.step(predicted, t, x, return_dict=False, **extra)[0]
         if on_step:
             on_step(i + 1, len(scheduler.timesteps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -11,19 +12,35 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from p3s_cli.errors import InputError
 
 PLACEHOLDER = "[V]"
+_NUMBERED = re.compile(r"\[V(\d+)\]")
 
 
-def identify(prompt: str, identifier: str) -> str:
-    """Put the subject's identifier where the prompt says [V]. Raises InputError where it says it nowhere, or is no text."""
+def identify(prompt: str, identifier: str, *others: str) -> str:
+    """Put the subjects' identifiers where the prompt says [V], or [V1], [V2], ... where there are several.
+
+    Raises InputError for a subject the prompt says nowhere, and for a place that has no subject.
+    """
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"the prompt {prompt!a:.80} is not valid Unicode text; type it again") from error
-    if PLACEHOLDER not in prompt:
+    identifiers = (identifier, *others)
+    if not others:
+        prompt = prompt.replace(PLACEHOLDER, "[V1]")
+    elif PLACEHOLDER in prompt:
         raise InputError(
-            f'the prompt "{prompt}" has no [V]; write [V] before the class word, as in "a [V] dog on the beach"'
+            f'the prompt "{prompt}" says [V], but there are {len(identifiers)} subjects; write [V1], [V2] and so on'
         )
-    return prompt.replace(PLACEHOLDER, identifier)
+    numbers = {int(n) for n in _NUMBERED.findall(prompt)}
+    for n in range(1, len(identifiers) + 1):
+        if n not in numbers:
+            name = f"[V{n}]" if others else PLACEHOLDER
+            raise InputError(
+                f'the prompt "{prompt}" has no {name}; write {name} before the class word, as in "a {name} dog on the beach"'
+            )
+    if extra := numbers - set(range(1, len(identifiers) + 1)):
+        raise InputError(f"the prompt says [V{min(extra)}], which is no subject; name one with --also")
+    return _NUMBERED.sub(lambda match: identifiers[int(match[1]) - 1], prompt)
 
 
 def lost_words(tokenizer: CLIPTokenizer, prompt: str) -> str:
@@ -34,7 +51,7 @@ def lost_words(tokenizer: CLIPTokenizer, prompt: str) -> str:
 
 def check_identifier_survives(tokenizer: CLIPTokenizer, prompt: str, identifier: str) -> None:
     """Raises InputError if the identifier is cut off with the tail of a prompt that is too long."""
-    ids = tokenizer(prompt.split(identifier)[0] + identifier, truncation=False, verbose=False).input_ids
+    ids = tokenizer(prompt.rsplit(identifier, 1)[0] + identifier, truncation=False, verbose=False).input_ids
     if len(ids) > tokenizer.model_max_length:
         raise InputError(
             f"[V] lies beyond the {tokenizer.model_max_length} tokens the text encoder reads; move it towards the beginning of the prompt"

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from p3s_cli import signals
+from p3s_cli.config import Optimizer
 from p3s_cli.errors import P3SError
 from p3s_cli.sd import checkpoints
+from p3s_cli.sd.adamw8 import AdamW8
 
 # A loss takes the step and its generator and returns the scalar to minimise and numbers worth logging.
 Loss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
@@ -39,6 +41,7 @@ class Recipe:
     ema: float = 0.0  # decay of the running average of the weights; 0 keeps none
     seed: int = 0
     lr_scale: tuple[tuple[str, float], ...] = ()
+    optimizer: Optimizer = "adamw"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Checkpoint:
     every: float = 120.0
 
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "root", "root_scale")
 _SKIPPED_IN_A_ROW = 20  # non-finite steps before a run is given up
 _RECENT = 50  # steps over which reported numbers are averaged
 
@@ -113,8 +117,12 @@ class _Run:
     def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: Recipe):
         self.parameters, self.recipe, self.step = dict(parameters), recipe, 0
         groups = [{"params": [p], "lr": recipe.lr * self._scale(name)} for name, p in self.parameters.items()]
-        fused = next(iter(self.parameters.values())).is_cuda
-        self.optimizer = torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=fused)
+        options = {"betas": recipe.betas, "weight_decay": recipe.weight_decay}
+        if recipe.optimizer == "adamw8":
+            self.optimizer: torch.optim.Optimizer = AdamW8(groups, **options, seed=recipe.seed)
+        else:
+            fused = next(iter(self.parameters.values())).is_cuda
+            self.optimizer = torch.optim.AdamW(groups, **options, fused=fused)
         self.base_rates = [g["lr"] for g in self.optimizer.param_groups]
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if recipe.ema else {}
         self.skipped, self.in_a_row = 0, 0  # steps that were not finite
@@ -185,10 +193,8 @@ class _Run:
             parameter.copy_(state[f"param/{name}"])
             if name in self.ema:
                 self.ema[name].copy_(state[f"ema/{name}"])
-            if f"exp_avg/{name}" in state:
-                self.optimizer.state[parameter] = {
-                    "step": state[f"step/{name}"],
-                    "exp_avg": state[f"exp_avg/{name}"].to(parameter.device),
-                    "exp_avg_sq": state[f"exp_avg_sq/{name}"].to(parameter.device),
-                }
+            moments = {key: state[f"{key}/{name}"] for key in _MOMENTS if f"{key}/{name}" in state}
+            if moments:  # the count stays on the CPU, where both optimisers read it
+                on_device = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
+                self.optimizer.state[parameter] = on_device
         return True

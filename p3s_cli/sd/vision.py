@@ -45,6 +45,11 @@ class VisionTower:
         asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"interpolate_pos_encoding": True} if asks else {}
 
+    @property
+    def statistics(self) -> dict[str, list[float]]:
+        """Pixel mean and deviation, as a preprocessor_config.json has them."""
+        return {"image_mean": self._mean.flatten().tolist(), "image_std": self._std.flatten().tolist()}
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the tower's weights in half precision, its layers and its resolution."""

@@ -8,17 +8,22 @@ from p3s_cli.stages.clicks import PhotoClicks, read_clicks
 from p3s_cli.stages.generating import GenerateResult, generate
 from p3s_cli.stages.masking import MaskResult, grid, mask, mask_many
 from p3s_cli.stages.progress import Progress
+from p3s_cli.stages.sharing import ExportResult, ImportResult, export_subject, import_subject
 from p3s_cli.stages.tuning import FinetuneResult, finetune
 
 __all__ = [
+    "ExportResult",
     "FinetuneResult",
     "GenerateResult",
+    "ImportResult",
     "MaskResult",
     "PhotoClicks",
     "Progress",
+    "export_subject",
     "finetune",
     "generate",
     "grid",
+    "import_subject",
     "mask",
     "mask_many",
     "read_clicks",

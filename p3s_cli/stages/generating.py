@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from p3s_cli import __version__, methods
 from p3s_cli import config as settings
-from p3s_cli import methods, pictures
-from p3s_cli.atomic import sha256
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
-from p3s_cli.sd import images, sample, text
+from p3s_cli.methods.base import Generator
+from p3s_cli.methods.memory import choose
+from p3s_cli.methods.p3s import P3S, Part
+from p3s_cli.sd import a1111, controlnet, images, lora, safety, sample, text
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.weights import load_tensors
+from p3s_cli.stages.composition import Composition, parse_size
+from p3s_cli.stages.output import Output
 from p3s_cli.stages.progress import Progress, silent
 from p3s_cli.stages.tuning import CONTROL
-from p3s_cli.subject import Stage, Subject, digest, hashes
-
-_BATCH = 4  # images sampled together
+from p3s_cli.subject import Subject
 
 
 @dataclass(frozen=True)
 class GenerateResult:
+    """`safety` has one word for each image: passed, flagged (and black), no checker, or off."""
+
     subject: Path
     prompt: str
     seeds: tuple[int, ...]
     images: tuple[Path, ...]
     grid: Path
     warnings: tuple[str, ...]
+    safety: tuple[str, ...]
     unchanged: bool
 
 
@@ -50,6 +55,15 @@ def generate(
     scheduler: str = "ddim",
     schedule: str = "quadratic",
     strength: float = 1.0,
+    negative_prompt: str = "",
+    also: Sequence[str] | None = None,
+    control: Sequence[str] | None = None,
+    lora: Sequence[str] | None = None,
+    references: int = 1,
+    size: str | None = None,
+    safety_checker: bool = True,
+    metadata: bool = True,
+    memory: str = "auto",
     model: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -60,117 +74,177 @@ def generate(
 ) -> GenerateResult:
     """Images of the tuned subject for a prompt with [V] in it; image k has seed `seed + k`, whatever n is.
 
-    They are made by the method that the subject was tuned with; `schedule` is P3S's alone.
-    `guidance` is the text's strength, `subject_guidance` the subject's. Raises InputError before the
+    `guidance` is the text's strength, `subject_guidance` the subject's. `also` names further subjects
+    (`cat=0.8`; the prompt then says [V1], [V2], ...), `control` ControlNets (`canny=edges.png=0.7`), `lora`
+    LoRAs (`style.safetensors=0.6`), `size` is `WIDTHxHEIGHT`, `references` how many of each subject's
+    references are shown to it. They are made by the method the subject was tuned with; `schedule`, `also`,
+    `control`, `lora` and `references` are P3S's alone. `metadata` puts the settings into each PNG. Raises InputError before the
     subject is tuned, after it has changed, for a prompt without [V], and for unknown names.
     """
     report = on_progress or silent
-    if n < 1 or steps < 1:
-        raise InputError("give at least one image (-n 1) and one step (--steps 1)")
-    subject = Subject.open(Path(subject_dir))
-    words = text.identify(prompt, subject.manifest.identifier)
-    sampling = settings.GenerateConfig(steps, guidance, subject_guidance, scheduler, strength=strength)
-    sampling = settings.with_schedule(sampling, schedule)
+    if n < 1 or steps < 1 or references < 1:
+        raise InputError("give at least one image (-n 1), one step (--steps 1) and one reference (--references 1)")
+    subject, joined = Subject.open(Path(subject_dir)), Composition.read(also, control, lora)
+    subjects = [subject, *(s for s, _ in joined.also)]
+    words = text.identify(prompt, *(s.manifest.identifier for s in subjects))
+    sampling = settings.GenerateConfig(
+        steps, guidance, subject_guidance, scheduler, strength=strength, negative_prompt=negative_prompt
+    )
+    sampling = settings.with_schedule(replace(sampling, references=references, size=parse_size(size)), schedule)
     sample.check_scheduler(scheduler)
-    subject.check_masks()
+    for one in subjects:
+        one.check_masks()
+        one.tuned()
     tuned = subject.tuned()
     methods.get(subject.method)
+    joined.check(subjects)
     report("loading the models", 0, 1)
-    family = family or load(model or tuned.settings["base"], device, dtype)
-    subject.check_control(family.fingerprint())
+    family = family or load(model or tuned.settings["base"], device, dtype, tuned.settings.get("vision"))
+    for one in subjects:
+        one.check_control(family.fingerprint())
     sampling = replace(sampling, guidance=family.profile.guidance if guidance is None else guidance)
-    text.check_identifier_survives(family.tokenizer, words, subject.manifest.identifier)
-    lost = text.lost_words(family.tokenizer, words)
-    warnings = (f'the prompt is too long; the text encoder does not see "{lost}"',) if lost else ()
+    warnings = _check_words(family, words, sampling.negative_prompt, [s.manifest.identifier for s in subjects])
     record = {"prompt": prompt, "text": words, "sampling": settings.as_settings(sampling), "control": tuned.artifacts}
-    record["base"] = tuned.settings["base_fingerprint"]
+    record |= {"base": tuned.settings["base_fingerprint"], "safety_checker": safety_checker} | joined.record()
     seeds = tuple(range(seed, seed + n))
-    paths, grid = _paths(subject, record, seeds)
-    missing = [s for s in seeds if force or not _is_made(subject, paths[s], record | {"seed": s})]
+    output = Output(subject, record, seeds, metadata)
+    missing = [s for s in seeds if force or not output.made(s)]
+    parameters = _parameters(family, words, sampling, joined)
+    profile = choose(memory, family.profile, family.device, family.dtype)[1] if missing else None
+    drawn = _sample(family, subject, joined, words, sampling, seeds, missing, profile, safety_checker, report)
     with exact(deterministic):
-        for s, picture in _sample(family, subject, words, sampling, seeds, missing, report):
-            images.save_png(paths[s], images.to_pil(picture), record | {"seed": s})
-    if missing or not grid.is_file():
-        tiles = [(f"seed {s}", images.load_image(paths[s])) for s in seeds]
-        sheet = pictures.sheet([(f"{steps} steps, guidance {sampling.guidance:g}", tiles)], prompt)
-        _record_generation(subject, record, paths, grid, sheet, seed)
-    return GenerateResult(subject.root, prompt, seeds, tuple(paths.values()), grid, warnings, not missing)
+        for s, picture, verdict in drawn:
+            output.save(s, images.to_pil(picture), verdict, parameters(s))
+    if missing or not output.grid.is_file():
+        output.finish(f"{steps} steps, guidance {sampling.guidance:g}")
+    verdicts = output.safety()
+    flagged = [s for s, verdict in zip(seeds, verdicts, strict=True) if verdict == "flagged"]
+    warnings += [f"the safety checker flagged the image of seed {s}, which is black" for s in flagged]
+    return GenerateResult(
+        subject.root, prompt, seeds, tuple(output.paths.values()), output.grid, tuple(warnings), verdicts, not missing
+    )
 
 
-def _paths(subject: Subject, record: dict, seeds: Sequence[int]) -> tuple[dict[int, Path], Path]:
-    """Where the image of each seed and their grid go: the prompt's words, then what the images depend on."""
-    slug = re.sub(r"[^a-z0-9]+", "-", record["prompt"].lower()).strip("-")[:48] or "image"
-    stem = f"outputs/{slug}-{digest(record)[:8]}"
-    paths = {s: subject.path(f"{stem}-{s:04d}.png") for s in seeds}
-    return paths, subject.path(f"{stem}-{seeds[0]:04d}x{len(seeds)}.grid.png")
+def _check_words(family: Family, words: str, negative: str, identifiers: Sequence[str]) -> list[str]:
+    """Warnings for what of the prompts the text encoder will not see; InputError if a subject is in it."""
+    for identifier in identifiers:
+        text.check_identifier_survives(family.tokenizer, words, identifier)
+    lost = {"prompt": text.lost_words(family.tokenizer, words)}
+    lost["negative prompt"] = text.lost_words(family.tokenizer, negative)
+    return [f'the {which} is too long; the text encoder does not see "{tail}"' for which, tail in lost.items() if tail]
 
 
-def _is_made(subject: Subject, path: Path, record: dict) -> bool:
-    """Whether the image was made with just these settings and, if the manifest knows it, is what it was then."""
-    if images.read_metadata(path) != record:
-        return False
-    known = {n: sha for g in subject.manifest.generated for n, sha in g.artifacts.items()}
-    return known.get(str(path.relative_to(subject.root))) in (None, sha256(path))
+def _parameters(
+    family: Family, words: str, sampling: settings.GenerateConfig, joined: Composition
+) -> Callable[[int], str]:
+    """A1111's text for the image of a seed."""
+    assert sampling.guidance is not None
+    return lambda seed: a1111.parameters(
+        words,
+        sampling.negative_prompt,
+        steps=sampling.steps,
+        sampler=sampling.scheduler,
+        guidance=sampling.guidance,
+        seed=seed,
+        size=sampling.size or (family.profile.image_size,) * 2,
+        model=family.profile.name,
+        version=f"p3s {__version__}",
+        loras=[(path.stem, strength) for path, strength in joined.lora],
+    )
 
 
 def _sample(
     family: Family,
     subject: Subject,
+    joined: Composition,
     words: str,
     sampling: settings.GenerateConfig,
     seeds: Sequence[int],
     missing: Sequence[int],
+    memory: settings.MemoryProfile | None,
+    safety_checker: bool,
     report: Progress,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (seed, image (3, H, W)) of the missing seeds as each batch is done; nothing is loaded if none is missing.
+) -> Iterator[tuple[int, Tensor, str]]:
+    """Yield (seed, image (3, H, W), safety) of the missing seeds as each batch is done; nothing is loaded if none is.
 
     Batches are cut from all seeds, because in a batch of another size a kernel may round otherwise. Raises
     P3SError in the end, naming the seeds, if images came out with numbers that are not finite.
     """
-    if not missing:
+    if not missing or memory is None:
         return
-    tensors, metadata = load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
+    if safety_checker:
+        safety.ready(family)
+    height, width = sampling.size or (family.profile.image_size,) * 2
+    latent = (family.unet.config.out_channels, height // 8, width // 8)
+    guides = [
+        controlnet.load_guide(family, name, images.load_image(path), strength, (height, width))
+        for name, path, strength in joined.control
+    ]
     failed: list[int] = []
-    latent = (family.unet.config.out_channels, family.unet.config.sample_size, family.unet.config.sample_size)
-    method = methods.get(metadata["method"])
-    with method.bind(family, subject, tensors, metadata["config"], sampling) as generator:
-        states, empty = generator.encode([words, ""]).split(1)
-        for first in range(0, len(seeds), _BATCH):
-            batch = seeds[first : first + _BATCH]
+    with _bound(family, subject, joined, sampling) as generator, lora.applied(family, joined.lora):
+        states, empty = generator.encode([words, sampling.negative_prompt]).split(1)
+        for first in range(0, len(seeds), memory.images):
+            batch = seeds[first : first + memory.images]
             if not set(batch) & set(missing):
                 continue
-
-            def on_step(step: int, total: int, first: int = first, batch: Sequence[int] = batch) -> None:
-                report(
-                    f"images {first + 1}-{first + len(batch)} of {len(seeds)}",
-                    first * total + step * len(batch),
-                    len(seeds) * total,
+            with _resting(family, memory.offload):
+                latents = sample.sample(
+                    generator.eps,
+                    states.expand(len(batch), -1, -1),
+                    empty,
+                    sample.build_scheduler(sampling.scheduler, family.scheduler_config),
+                    batch,
+                    latent,
+                    sampling.steps,
+                    sampling.guidance,
+                    sampling.subject_guidance,
+                    _step_report(report, first, len(batch), len(seeds)),
+                    controlnet.speaker(guides),
                 )
-
-            scheduler = sample.build_scheduler(sampling.scheduler, family.scheduler_config)
-            strengths = sampling.guidance, sampling.subject_guidance
-            text_states = states.expand(len(batch), -1, -1)
-            latents = sample.sample(
-                generator.eps, text_states, empty, scheduler, batch, latent, sampling.steps, *strengths, on_step
-            )
-            for s, picture in zip(batch, images.decode(family.vae, latents), strict=True):
-                if not torch.isfinite(picture).all():
-                    failed.append(s)
-                elif s in missing:
-                    yield s, picture
+            decoded = images.decode(family.vae, latents, memory.images)
+            finite = torch.isfinite(decoded).flatten(1).all(1)
+            failed += [s for s, whole in zip(batch, finite, strict=True) if not whole]
+            wanted = [i for i, s in enumerate(batch) if s in missing and finite[i]]
+            if wanted:
+                checked, verdicts = safety.check(family, decoded[wanted]) if safety_checker else (decoded[wanted], None)
+                yield from zip([batch[i] for i in wanted], checked, verdicts or ["off"] * len(wanted), strict=True)
     if failed:
         raise P3SError(f"the images of seeds {failed} came out with numbers that are not finite; try --dtype float32")
 
 
-def _record_generation(
-    subject: Subject, record: dict, paths: dict[int, Path], grid: Path, sheet: Image.Image, seed: int
-) -> None:
-    """The grid and the manifest's record appear together: where there is a grid, its images are recorded."""
-    names = [str(p.relative_to(subject.root)) for p in paths.values()]
-    grid_name = str(grid.relative_to(subject.root))
-    with subject.changing() as folder:
-        images.save_png(folder / grid_name, sheet)
-        artifacts = hashes(subject.root, *names) | hashes(folder, grid_name)
-        stage = Stage(inputs=digest(record), settings=record, seed=seed, artifacts=artifacts)
-        others = [g for g in subject.manifest.generated if g.inputs != stage.inputs or g.seed != seed]
-        subject.manifest.generated = [*others, stage]
+def _bound(
+    family: Family, subject: Subject, joined: Composition, sampling: settings.GenerateConfig
+) -> AbstractContextManager[Generator]:
+    """The subject under the method it was tuned with; several, under P3S."""
+    if subject.method == "p3s":
+        parts = [_part(s, strength) for s, strength in ((subject, 1.0), *joined.also)]
+        return P3S().bind_many(family, parts, sampling)
+    tensors, metadata = _read(subject)
+    return methods.get(subject.method).bind(family, subject, tensors, metadata["config"], sampling)
+
+
+def _read(subject: Subject) -> tuple[dict[str, Tensor], dict]:
+    return load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
+
+
+def _part(subject: Subject, strength: float) -> Part:
+    tensors, metadata = _read(subject)
+    return Part(subject, tensors, settings.read_control(metadata["config"]), strength)
+
+
+@contextlib.contextmanager
+def _resting(family: Family, offload: bool) -> Iterator[None]:
+    """The encoders off the device while the U-Nets work, if memory is that short."""
+    if offload:
+        family.rest()
+    try:
+        yield
+    finally:
+        if offload:
+            family.wake()
+
+
+def _step_report(report: Progress, first: int, count: int, total: int) -> Callable[[int, int], None]:
+    return lambda step, steps: report(
+        f"images {first + 1}-{first + count} of {total}", first * steps + step * count, total * steps
+    )

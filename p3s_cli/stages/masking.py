@@ -47,6 +47,7 @@ def mask(
     box: str | Sequence[float] | None = None,
     model: str = "sd15",
     vision: str = "clip",
+    inpainter: str | None = None,
     preset: str = "default",
     maps: bool = False,
     seed: int = 0,
@@ -62,7 +63,7 @@ def mask(
     Points are (x, y) pixels of the upright image, or strings "120,88" or "0.3,0.5" (fractions); a box
     (x0, y0, x1, y1) bounds the subject and, without a positive point, stands for one at its middle. Makes
     `output` (default `./<stem>/`) or adds a reference to it; the same photo again replaces its points.
-    `vision` names the tower the masks are read from; `maps` also writes eq. 1's similarity maps as a picture.
+    `vision` names the tower the masks are read from, `inpainter` another U-Net to remove the negative with; `maps` also writes eq. 1's similarity maps as a picture.
     Raises InputError for an unreadable photo, a point outside it, or one place marked both ways.
     """
     report = on_progress or silent
@@ -72,7 +73,7 @@ def mask(
     clicks = work.Clicks.read(positive, negative, box, *picture.size)
     with writing(root, "p3s mask"), exact(deterministic):
         subject = Subject.open(root) if Subject.exists(root) else None
-        family = family or load(subject.manifest.model if subject else model, device, dtype)
+        family = family or load(subject.manifest.model if subject else model, device, dtype, inpainter=inpainter)
         report("loading the vision tower", 0, 3)
         tower = family.mask_tower(vision)
         if subject is None:
@@ -83,6 +84,7 @@ def mask(
             "preset": preset,
             "vision": vision,
             "vision_fingerprint": tower.fingerprint,
+            "inpainter": family.profile.inpainter,
         }
         stage = Stage(inputs=subject.mask_inputs(reference, options), settings=options, seed=seed, artifacts={})
         unchanged = not force and _is_made(subject, reference, stage)
@@ -171,7 +173,7 @@ def mask_many(
     for name in ("positive", "negative", "box"):
         options.pop(name, None)
     if options.get("family") is None:
-        names = {n: options.pop(n) for n in ("model", "device", "dtype") if n in options}
+        names = {n: options.pop(n) for n in ("model", "device", "dtype", "inpainter") if n in options}
         options["family"] = load(**names)
     results = []
     for photo, click in zip(photos, clicks, strict=True):

@@ -10,8 +10,9 @@ import torch
 
 from p3s_cli import config as settings
 from p3s_cli import methods
-from p3s_cli.errors import P3SError
+from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
+from p3s_cli.methods.memory import choose
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.train import Checkpoint
@@ -34,6 +35,7 @@ class FinetuneResult:
     control: Path
     unchanged: bool
     method: str
+    memory: str  # the profile it was tuned with
 
 
 @one_writer
@@ -45,6 +47,8 @@ def finetune(
     preset: str = "default",
     seed: int = 0,
     model: str | None = None,
+    vision: str = "clip",
+    memory: str = "auto",
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
@@ -56,19 +60,25 @@ def finetune(
     """Teach a method this subject; for P3S, train its control on the masked references (P3S eq. 4-9, 11-15).
 
     Steps and learning rate default to the method's on this family; `preset` and `control`, which overrides
-    its settings one by one, are P3S's alone. An interrupted run goes on from its last checkpoint. Raises
+    its settings one by one, are P3S's alone, and so are `memory`, a profile's name (24, 16, 12, 8; `auto` is
+    the device's own), and `vision`, another CLIP pair for the control to see the references through. An interrupted run goes on from its last checkpoint. Raises
     InputError for an unknown method and if masks are missing or stale.
     """
     report, teacher = on_progress or silent, methods.get(method)
     subject = Subject.open(Path(subject_dir))
     subject.check_masks()
     report("loading the models", 0, 1)
-    family = family or load(model or subject.manifest.model, device, dtype)
+    family = family or load(model or subject.manifest.model, device, dtype, vision)
     base = family.fingerprint()
-    config = settings.FinetuneConfig(control=control or settings.preset(preset)[1], steps=steps, lr=lr, seed=seed)
+    _check_base(family)
+    profile, saving = choose(memory, family.profile, family.device, family.dtype)
+    config = settings.FinetuneConfig(control or settings.preset(preset)[1], steps, lr, seed=seed, memory=saving)
     recipe = teacher.recipe(family.profile, config)
     options = {"method": method, "config": settings.as_settings(recipe)}
-    options |= {"base_fingerprint": base, "base": family.source}
+    options |= {"base_fingerprint": base, "base": family.source, "vision": family.profile.clip}
+    # which profile a machine gets is no reason to tune again, only which one was asked for
+    options["config"].pop("memory", None)
+    options["memory"] = memory
     inputs = subject.finetune_inputs(base)
     done = subject.manifest.finetune
     if done and not force and done.inputs == inputs and done.settings == options and subject.intact(done):
@@ -81,13 +91,13 @@ def finetune(
         report(f"tuning, loss {numbers.get('denoising', 0):.4f}", step, total)
 
     # the checkpoint's name is what the run depends on, so a run with other settings never resumes from it
-    checkpoint = Checkpoint(subject.path(f"{_CHECKPOINT}{digest(inputs, options)[:16]}"))
+    checkpoint = Checkpoint(subject.path(f"{_CHECKPOINT}{digest(inputs, options, profile)[:16]}"))
     with exact(deterministic):
         tensors = teacher.fit(family, subject, config, on_step, checkpoint)
     halves = {k: t.half() for k, t in tensors.items()}
     if not all(torch.isfinite(t).all() for t in halves.values()):
         raise P3SError("the tuned control holds numbers that are not finite and was not saved; lower --lr")
-    result = {"loss": numbers.get("denoising", 0.0), "skipped": int(numbers.get("skipped", 0))}
+    result = {"loss": numbers.get("denoising", 0.0), "skipped": int(numbers.get("skipped", 0)), "memory": profile}
     with subject.changing() as folder:
         save_tensors(folder / CONTROL, halves, options)
         subject.manifest.finetune = Stage(
@@ -105,4 +115,15 @@ def _remove_checkpoints(subject: Subject) -> None:
 def _result(subject: Subject, steps: int, stage: Stage, unchanged: bool) -> FinetuneResult:
     made, control = stage.result, subject.path(CONTROL)
     method = stage.settings.get("method", "p3s")
-    return FinetuneResult(subject.root, steps, made["loss"], made.get("skipped", 0), control, unchanged, method)
+    return FinetuneResult(
+        subject.root, steps, made["loss"], made.get("skipped", 0), control, unchanged, method, made.get("memory", "24")
+    )
+
+
+def _check_base(family: Family) -> None:
+    channels = family.unet.config.in_channels
+    if channels != family.unet.config.out_channels:
+        raise InputError(
+            f"{family.source} is an inpainting model ({channels} channels) and draws nothing of its own; "
+            "tune on its base, and give this one to p3s mask as --inpainter"
+        )

@@ -42,3 +42,10 @@ def test_random_views_keep_the_subjects_centre_in_sight():
     for _ in range(50):
         shown = look(mask.float()[None], random_view(base_view(mask), mask, g), 64)[0] > 0.5
         assert shown.any()
+
+
+def test_a_view_of_another_shape_shows_its_square_and_more_along_the_longer_side():
+    wide = look(photo(), View(24, 16, 16), (16, 32))
+    torch.testing.assert_close(wide, photo()[:, 8:24, 8:40], rtol=1e-4, atol=1e-4)
+    tall = look(photo(), View(24, 16, 8), (32, 8))
+    torch.testing.assert_close(tall, photo()[:, :, 20:28], rtol=1e-4, atol=1e-4)

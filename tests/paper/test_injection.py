@@ -1,6 +1,7 @@
 """P3S eq. 7-9 and 13: the seam, both readings of it, and the guarantee that the U-Net comes back as it was."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def injection(f, gates=None, weight=1.0, active=None, lam=0.2):
 
 
 def run(attn, z, injected):
-    keys, values, bias = injected_keys_values(z, injected, LAYER)
+    keys, values, bias = injected_keys_values(z, [injected], LAYER)
     return attend(attn, z, keys, values, bias, explicit=False)[0]
 
 
@@ -90,9 +91,37 @@ def test_inactive_samples_skip_the_concatenation(unet, states, gates):
     torch.testing.assert_close(out[:1], run(attn, z, injection(f, gates=gates))[:1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("gates", [None, -1.0])
+def test_references_of_one_subject_share_its_place(unet, states, gates):
+    """K copies of an injection with share 1/K: each extra key K times at 1/K of its weight, so nothing changes."""
+    z, f = states
+    attn = attention(unet)
+    thirds = [replace(injection(f, gates=gates, weight=0.7), share=1 / 3)] * 3
+    keys, values, bias = injected_keys_values(z, thirds, LAYER)
+    assert keys.shape == (2, 4 * 9, 128)
+    out = attend(attn, z, keys, values, bias, explicit=False)[0]
+    torch.testing.assert_close(out, run(attn, z, injection(f, gates=gates, weight=0.7)), rtol=1e-4, atol=1e-5)
+
+
+def test_two_subjects_stand_side_by_side_each_with_its_own_strength(unet, states):
+    """Keys [z, f, g], values [z + lam (a f + b g), f, g], logits shifted by log a + b_i and log b + b_i."""
+    z, f = states
+    g = torch.randn(z.shape, generator=torch.Generator().manual_seed(9))
+    both = [injection(f, gates=-1.0, weight=0.5), injection(g, gates=-2.0, weight=1.5)]
+    keys, values, bias = injected_keys_values(z, both, LAYER)
+    assert torch.equal(keys, torch.cat((z, f, g), 1))
+    torch.testing.assert_close(values, torch.cat((z + 0.2 * (0.5 * f + 1.5 * g), f, g), 1))
+    expected = torch.tensor([0.0, math.log(0.5) - 1, math.log(1.5) - 2]).repeat_interleave(9).expand(2, 1, 1, 27)
+    torch.testing.assert_close(bias, expected)
+    # a subject at strength zero is not there
+    gone = [both[0], replace(both[1], weight=torch.zeros(2))]
+    out = attend(attention(unet), z, *injected_keys_values(z, gone, LAYER), explicit=False)[0]
+    torch.testing.assert_close(out, run(attention(unet), z, both[0]), rtol=1e-5, atol=1e-6)
+
+
 def test_explicit_softmax_and_sdpa_agree_and_rows_sum_to_one(unet, states):
     z, f = states
-    keys, values, bias = injected_keys_values(z, injection(f, gates=-2.0), LAYER)
+    keys, values, bias = injected_keys_values(z, [injection(f, gates=-2.0)], LAYER)
     out, weights = attend(attention(unet), z, keys, values, bias, explicit=True)
     torch.testing.assert_close(
         out, attend(attention(unet), z, keys, values, bias, explicit=False)[0], rtol=1e-4, atol=1e-5

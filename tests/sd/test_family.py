@@ -1,5 +1,7 @@
 """Families by name, and what is said when one cannot be had."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -94,3 +96,49 @@ def test_text_longer_than_the_encoder_reads_is_reported(world):
     assert text.identify("a [V] dog", "sks") == "a sks dog"
     with pytest.raises(InputError, match=r"no \[V\]"):
         text.identify("a dog", "sks")
+
+
+def test_an_inpainter_of_nine_channels_repaints_the_region_alone(world, tmp_path):
+    """A random 9-channel sibling, as SD v1-5's inpainter is one, from a folder named by hand."""
+    from diffusers import UNet2DConditionModel
+
+    from p3s_cli.sd.inpaint import inpainting_filler
+
+    torch.manual_seed(0)
+    sibling = UNet2DConditionModel.from_config(world.unet.config, in_channels=9)
+    sibling.save_pretrained(tmp_path / "unet", variant="fp16")
+    family = load("world", inpainter=str(tmp_path))
+    assert family.inpaint_unet.config.in_channels == 9 and family.unet.config.in_channels == 4
+    image, region = torch.rand(3, 64, 96), torch.zeros(64, 96, dtype=torch.bool)
+    region[16:48, 32:64] = True
+    filled = inpainting_filler(family, steps=2)(image, region, seed=1)
+    assert torch.equal(filled[:, ~region], image[:, ~region]) and (filled[:, region] != image[:, region]).any()
+
+
+def test_without_its_sibling_a_base_inpaints_with_its_own_four_channels(world, tmp_path):
+    from dataclasses import replace
+
+    family = load("world")
+    family.profile = replace(family.profile, inpainter="not/here")
+    assert family.inpaint_unet is family.unet
+    with pytest.raises(InputError, match="not/here/unet is not on this machine"):
+        _ = load("world", inpainter="not/here").inpaint_unet
+
+
+def test_another_clip_pair_can_take_the_family_s_place(world, tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    world.vision.clip.save_pretrained(tmp_path)
+    for name in ("clip/preprocessor_config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"):
+        (tmp_path / name.split("/")[1]).write_bytes((Path(world.profile.base) / name).read_bytes())
+    family = load("world", vision=str(tmp_path))
+    image = torch.rand(1, 3, 96, 128)
+    torch.testing.assert_close(family.vision.tokens(image), world.vision.tokens(image))
+    assert family.fingerprint() == world.fingerprint()  # the base is the same
+    assert world.mask_tower(str(tmp_path)).width == world.vision.width  # and so it can be for the masks alone
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTModel(ViTConfig(image_size=32, patch_size=8, **small)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(InputError, match="holds a vit, not a CLIP pair"):
+        _ = load("world", vision=str(tmp_path / "vit")).vision
+    with pytest.raises(InputError, match="no CLIP tower is called 'dinov2'"):
+        load("world", vision="dinov2")

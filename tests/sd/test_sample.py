@@ -75,7 +75,8 @@ def test_ddim_with_guidance_equals_the_diffusers_pipeline(world):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:numpy")  # scipy's integrals in LMS
+@pytest.mark.parametrize("name", [*SCHEDULERS, "DDIMScheduler"])
 def test_every_scheduler_denoises_and_gives_each_seed_the_same_image_in_any_batch(world, name):
     def run(seeds):
         eps = lambda x, t, s, _: 0.5 * x  # noqa: E731
@@ -86,5 +87,6 @@ def test_every_scheduler_denoises_and_gives_each_seed_the_same_image_in_any_batc
 
 
 def test_unknown_scheduler_is_named_with_the_choices():
-    with pytest.raises(InputError, match="'plms'.*ddim"):
-        build_scheduler("plms", {})
+    for name in ("plms", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"):
+        with pytest.raises(InputError, match=f"{name}.*ddim.*DEISMultistepScheduler"):
+            build_scheduler(name, {})

@@ -1,0 +1,178 @@
+"""Mask, finetune and generate on Stable Diffusion v1-5's exact shape with random weights: times and memory.
+
+python benchmarks/sd15.py FOLDER [--reduced] [--steps 20] [--sampling-steps 20] [--images 4] [--memory auto]
+
+Writes FOLDER/diffusers (a diffusers folder with its CLIP pair) and FOLDER/single.safetensors (the original
+layout) in bfloat16, unless they are there, and prints a table. `--reduced` narrows every model, to see that
+all runs where no GPU is; its numbers say nothing about SD v1-5. Random weights draw noise; only speed and
+memory mean anything here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.original_layout import original_layout  # noqa: E402
+from p3s_cli import stages  # noqa: E402
+from p3s_cli.methods import memory as needs  # noqa: E402
+from p3s_cli.sd import images, profile  # noqa: E402
+from p3s_cli.sd.family import load  # noqa: E402
+from p3s_cli.sd.single_file import CONFIGS  # noqa: E402
+from p3s_cli.world.render import render  # noqa: E402
+from p3s_cli.world.scenes import lookalike_scene  # noqa: E402
+
+FLOORS = {"H200": {"finetune": 4.8, "generate": 3.8}, "3090": {"finetune": 54.0, "generate": 42.0}}  # ms a step
+NARROW = {
+    "unet": {"block_out_channels": [32, 64, 64, 64], "cross_attention_dim": 64, "sample_size": 16},
+    "vae": {"block_out_channels": [32, 32, 32, 32], "sample_size": 128},
+    "text_encoder": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "vision": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
+}
+
+
+def config(part: str, reduced: bool) -> dict:
+    own = json.loads((CONFIGS / part / "config.json").read_text())
+    return own | (NARROW[part] if reduced else {})
+
+
+def write(folder: Path, reduced: bool) -> None:
+    """A diffusers folder and a single file with the same random weights."""
+    torch.manual_seed(0)
+    dtype, root = torch.bfloat16, folder / "diffusers"
+    text = CLIPTextConfig(**config("text_encoder", reduced))
+    unet = UNet2DConditionModel.from_config(config("unet", reduced)).to(dtype)
+    vae = AutoencoderKL.from_config(config("vae", reduced)).to(dtype)
+    encoder = CLIPTextModel(text).to(dtype)
+    for name, model in (("unet", unet), ("vae", vae), ("text_encoder", encoder)):
+        model.save_pretrained(root / name)
+    state = {k: v.contiguous() for k, v in original_layout(unet, vae, encoder).items()}
+    save_file(state, folder / "single.safetensors")
+    del unet, vae, encoder, state
+    vision = config("vision", reduced)
+    pair = CLIPConfig(text_config=text.to_dict(), vision_config=vision, projection_dim=vision["projection_dim"])
+    CLIPModel(pair).to(dtype).save_pretrained(root / "clip")
+    half = [0.5, 0.5, 0.5]
+    (root / "clip/preprocessor_config.json").write_text(json.dumps({"image_mean": half, "image_std": half}))
+    DDIMScheduler.from_pretrained(CONFIGS / "scheduler").save_pretrained(root / "scheduler")
+    # SD's vocabulary is not shipped; the bundled family's tokens are among its first
+    shutil.copytree(Path(profile.find("world").base) / "tokenizer", root / "tokenizer", dirs_exist_ok=True)
+    own = replace(profile.find("sd15"), name=root.name, base=".", clip="clip", inpainter=".")
+    if reduced:
+        own = replace(own, image_size=128, feature_layers=(2, 3), feature_side=112)
+    (root / "p3s.json").write_text(json.dumps(asdict(own)))
+
+
+class Meter:
+    """Seconds between the steps a stage reports, and its peak memory."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+        self.cuda = torch.cuda.is_available()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what.startswith(("tuning", "images")):
+            if self.cuda:
+                torch.cuda.synchronize()
+            self.marks.append(time.perf_counter())
+
+    def row(self, stage: str, seconds: float) -> str:
+        gaps = sorted(b - a for a, b in zip(self.marks, self.marks[1:], strict=False))
+        step = f"{1000 * gaps[len(gaps) // 2]:.1f}" if gaps else "-"
+        peak = (
+            torch.cuda.max_memory_allocated()
+            if self.cuda
+            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        )
+        return f"| {stage} | {seconds:.1f} | {step} | {peak / 1e9:.2f} |"
+
+
+def measure(root: Path, arguments: argparse.Namespace) -> list[str]:
+    """One row a stage: seconds in all, median milliseconds a step, peak memory."""
+    family = load(str(root), arguments.device, arguments.dtype)
+    work = root.parent / "subject"
+    shutil.rmtree(work, ignore_errors=True)
+    scene = lookalike_scene(20_000_007)
+    photo = root.parent / "photo.png"
+    images.save_png(photo, images.to_pil(render([scene])[0][0]))
+    (left, right), rows = scene.subjects, []
+    runs = {
+        "mask": lambda meter: stages.mask(
+            photo, [(left.x, left.y)], [(right.x, right.y)], work, "dog", family=family, on_progress=meter
+        ),
+        "finetune": lambda meter: stages.finetune(
+            work, steps=arguments.steps, memory=arguments.memory, family=family, on_progress=meter
+        ),
+        "generate": lambda meter: stages.generate(
+            work,
+            "a [V] dog on the beach",
+            n=arguments.images,
+            steps=arguments.sampling_steps,
+            memory=arguments.memory,
+            family=family,
+            on_progress=meter,
+        ),
+    }
+    for name, run in runs.items():
+        meter, start = Meter(), time.perf_counter()
+        run(meter)
+        rows.append(meter.row(name, time.perf_counter() - start))
+    sizes = needs.Sizes.of(family.profile)
+    rows.append(f"\nparameters: U-Net {sizes.unet / 1e6:.1f} M, control {sizes.control / 1e6:.1f} M")
+    rows.append(f"control on disk: {(work / 'control/control.safetensors').stat().st_size / 1e6:.1f} MB")
+    return rows
+
+
+def check_single(folder: Path, reduced: bool) -> str:
+    """The single file gives the folder's tensors; at the exact shape only, whose configurations it is read with."""
+    if reduced:
+        return "single file: not read back, as its configurations are those of the exact shape"
+    one, other = (
+        load(str(folder / n), "cpu", "bfloat16").unet.state_dict() for n in ("single.safetensors", "diffusers")
+    )
+    return f"single file and folder agree: {all(torch.equal(one[n], other[n]) for n in other)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--reduced", action="store_true")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--memory", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    arguments = parser.parse_args()
+    root = arguments.folder / "diffusers"
+    if not (root / "p3s.json").exists():
+        write(arguments.folder, arguments.reduced)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"# SD v1-5's shape, random weights{' - REDUCED, not SD v1-5' if arguments.reduced else ''}\n")
+    print(
+        f"{where}; torch {torch.__version__}; {arguments.steps} training and {arguments.sampling_steps} sampling steps\n"
+    )
+    print("| stage | seconds | ms a step | peak GB |\n|---|---|---|---|")
+    print("\n".join(measure(root, arguments)))
+    print(check_single(arguments.folder, arguments.reduced))
+    floors = [f"{name} {f['finetune']:g} (finetune), {f['generate']:g} (generate)" for name, f in FLOORS.items()]
+    print("floors at the exact shape, ms a step and sample: " + "; ".join(floors))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Where model files come from: a folder, the hub's cache, or the hub. No torch in here.
+
+A source is a folder, a file, or a hub id `owner/name`, pinned to a revision as `owner/name@revision`.
+Weights are only ever safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from p3s_cli.atomic import sha256
+from p3s_cli.errors import InputError
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One folder of files a family is made of.
+
+    `weights`: stem of its safetensors file, None for a part without. `any_of`: one of these must be
+    there. `also`: taken where the repository has them. `variants`: infixes tried in this order.
+    """
+
+    name: str
+    source: str
+    subfolder: str | None = None
+    weights: str | None = None
+    any_of: tuple[str, ...] = ("config.json",)
+    also: tuple[str, ...] = ()
+    variants: tuple[str | None, ...] = (None, "fp16")
+    optional: bool = False  # p3s works without it, less well
+
+    @property
+    def where(self) -> str:
+        return named(split(self.source)[0], self.subfolder)
+
+
+def split(source: str) -> tuple[str, str | None]:
+    """`owner/name@revision` -> (owner/name, revision); (source, None) for a path or an unpinned id."""
+    if "@" not in source or Path(source).exists():
+        return source, None
+    where, _, revision = source.rpartition("@")
+    return where, revision
+
+
+def is_id(source: str) -> bool:
+    """Whether this reads like a hub id (whatever the hub may hold)."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
+def named(where: str, subfolder: str | None) -> str:
+    return f"{where}/{subfolder}" if subfolder else where
+
+
+def offline() -> bool:
+    """Whether the user has switched the hub off (`HF_HUB_OFFLINE`)."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+
+
+def from_pretrained(
+    kind: Any, source: str, subfolder: str | None = None, variants: Sequence[str | None] = (None,), **options: Any
+) -> Any:
+    """`kind.from_pretrained` from a folder or the cache, else from the hub, trying each variant of the files.
+
+    Raises InputError that says what is missing or unreadable, and what to do.
+    """
+    where, revision = split(source)
+    options |= {n: v for n, v in (("subfolder", subfolder), ("revision", revision)) if v is not None}
+    tries = [{"variant": v} if v else {} for v in variants]
+    error = None
+    for given in tries:
+        try:
+            return kind.from_pretrained(where, local_files_only=True, **given, **options)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as caught:
+            error = error or caught
+    if Path(where).exists():
+        raise InputError(
+            f"{named(where, subfolder)} cannot be read ({_first_line(error)}); restore the folder"
+        ) from error
+    return _online(lambda given: kind.from_pretrained(where, **given, **options), tries, named(where, subfolder))
+
+
+def _online(get: Callable[[dict], Any], tries: Sequence[dict], name: str) -> Any:
+    sentence = (
+        f"{name} is not on this machine and cannot be fetched without a network; "
+        "fetch it with `p3s fetch` where there is one (--model world needs neither)"
+    )
+    if offline() or not _reachable():
+        raise InputError(sentence)
+    error = None
+    for given in tries:
+        try:
+            return get(given)
+        except (OSError, ValueError) as caught:
+            error = caught
+    raise InputError(sentence) from error
+
+
+def _reachable() -> bool:
+    """One short request, because the hub's client asks for half a minute before it gives up."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # the HTTP library behind the client, and its errors, change with its version
+        return False
+    return True
+
+
+def folder(part: Part) -> Path | None:
+    """Where the part lies on this machine, whole; None if it, or a file of it, is missing."""
+    where, revision = split(part.source)
+    root = Path(where) if Path(where).is_dir() else snapshot(where, revision)
+    if root is None:
+        return None
+    inside = root / part.subfolder if part.subfolder else root
+    if not any((inside / name).is_file() for name in part.any_of):
+        return None
+    return inside if part.weights is None or weight_files(inside, part) else None
+
+
+def snapshot(repo: str, revision: str | None) -> Path | None:
+    """The cached files of a repository at a revision (a commit, a branch or a tag), whatever of them is there."""
+    from huggingface_hub import constants
+
+    base = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    commit = revision or "main"
+    if not _COMMIT.fullmatch(commit):
+        ref = base / "refs" / commit
+        commit = ref.read_text().strip() if ref.is_file() else "absent"
+    found = base / "snapshots" / commit
+    return found if found.is_dir() else None
+
+
+def weight_files(inside: Path, part: Part) -> list[Path]:
+    """The safetensors files of the first variant that is whole; empty if none is."""
+    for variant in part.variants:
+        stem = f"{part.weights}.{variant}" if variant else part.weights
+        single = inside / f"{stem}.safetensors"
+        index = inside / f"{part.weights}.safetensors.index{f'.{variant}' if variant else ''}.json"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            shards = [inside / n for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            if all(s.is_file() for s in shards):
+                return shards
+    return []
+
+
+def lists(source: str, component: str, online: bool = False) -> bool:
+    """Whether a pipeline has this component, as its model_index.json says; unknown counts as yes."""
+    where, revision = split(source)
+    if Path(where).is_dir():
+        return (Path(where) / component).is_dir()
+    found = snapshot(where, revision)
+    index = found / "model_index.json" if found else None
+    if online and not offline() and not (index and index.is_file()):
+        with contextlib.suppress(InputError):
+            index = bring(Part("index", source, any_of=("model_index.json",))) / "model_index.json"
+    if index is None or not index.is_file():
+        return True
+    return bool((json.loads(index.read_text()).get(component) or [None])[0])
+
+
+def bring(part: Part) -> Path:
+    """Fetch a part from the hub into the cache, what is there already excepted. Returns its folder.
+
+    Raises InputError where there is no network, or the hub has no such safetensors.
+    """
+    from huggingface_hub import snapshot_download
+
+    repo, revision = split(part.source)
+    prefix = f"{part.subfolder}/" if part.subfolder else ""
+
+    def get(given: dict) -> Path:
+        names = [*part.any_of, *part.also, *_weight_patterns(part.weights, given["variant"])]
+        snapshot_download(repo, revision=revision, allow_patterns=[prefix + n for n in names])
+        found = folder(part)
+        if found is None:
+            raise OSError(f"{repo} has no whole {part.name} in safetensors")
+        return found
+
+    return _online(get, [{"variant": v} for v in (part.variants if part.weights else (None,))], part.where)
+
+
+def _weight_patterns(stem: str | None, variant: str | None) -> list[str]:
+    if stem is None:
+        return []
+    if variant:
+        return [f"{stem}.{variant}.safetensors"]
+    return [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors"]
+
+
+def files(inside: Path, part: Part) -> list[Path]:
+    """The files of a part that is here: its weights, and what else it asks for."""
+    others = [inside / n for n in (*part.any_of, *part.also) if (inside / n).is_file()]
+    return others + (weight_files(inside, part) if part.weights else [])
+
+
+def cached(file: Path) -> bool:
+    """Whether the hub's cache keeps this file, under a blob that is named by its hash."""
+    return file.resolve().parent.name == "blobs"
+
+
+def damaged(found: Sequence[Path]) -> list[Path]:
+    """Files whose contents are not what the hub said: sha256 for large files, git's sha1 for small ones.
+
+    Of files in a plain folder no hash is known; there a safetensors file must be whole.
+    """
+    return [f for f in found if not (_as_named(f.resolve()) if cached(f) else _whole(f))]
+
+
+def _as_named(blob: Path) -> bool:
+    if len(blob.name) == 64:
+        return sha256(blob) == blob.name
+    data = blob.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == blob.name
+
+
+def _whole(file: Path) -> bool:
+    if file.suffix != ".safetensors":
+        return True
+    try:
+        with safe_open(file, framework="np"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def _first_line(error: Exception | None) -> str:
+    return str(error).strip().split("\n")[0]

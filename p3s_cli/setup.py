@@ -1,0 +1,159 @@
+"""What this machine has for p3s and what it lacks (`doctor`), and how it gets it (`fetch`)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from p3s_cli.config import MEMORY
+from p3s_cli.errors import InputError
+from p3s_cli.methods import memory
+from p3s_cli.sd import family as families
+from p3s_cli.sd import hub
+from p3s_cli.sd import profile as profiles
+from p3s_cli.sd.hub import Part
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "peft")
+
+
+@dataclass(frozen=True)
+class PartState:
+    """A part of a family: where it comes from, where it lies here (None if missing), bytes of its files."""
+
+    name: str
+    source: str
+    folder: Path | None
+    bytes: int
+    needed: bool
+    state: str  # present, fetched, repaired or missing
+
+
+@dataclass(frozen=True)
+class Report:
+    """`needs`: bytes that each stage takes here, counted (`methods/memory.py`); `advice`: what to do, in order."""
+
+    versions: dict[str, str]
+    device: str
+    device_bytes: int | None
+    dtype: str
+    offline: bool
+    model: str
+    parts: tuple[PartState, ...]
+    memory: str
+    needs: dict[str, int]
+    advice: tuple[str, ...]
+
+
+def doctor(
+    model: str = "sd15", device: str = "auto", dtype: str = "auto", vision: str | None = None, on_progress=None
+) -> Report:
+    """What is installed, what would be used, which models are here, what each stage needs, and what to do about it.
+
+    Looks at this machine only; nothing is fetched. Raises InputError for an unknown model, device or dtype.
+    """
+    family = families.load(model, device, dtype, vision)
+    parts = tuple(_state(p) for p in family.profile.parts)
+    name, chosen = memory.choose("auto", family.profile, family.device, family.dtype)
+    sizes, batch = memory.Sizes.of(family.profile), int(family.profile.finetune["batch"])
+    needs = {
+        "mask": int(sizes.mask(family.dtype)),
+        "finetune": int(sizes.finetune(chosen, family.dtype, batch)),
+        "generate": int(sizes.generate(chosen, family.dtype)),
+    }
+    available = memory.device_memory(family.device)
+    return Report(
+        versions={"python": platform.python_version()} | {n: _version(n) for n in _LIBRARIES},
+        device=family.device,
+        device_bytes=available,
+        dtype=str(family.dtype).removeprefix("torch."),
+        offline=hub.offline(),
+        model=model,
+        parts=parts,
+        memory=name,
+        needs=needs,
+        advice=tuple(_advice(model, family.device, parts, needs, available)),
+    )
+
+
+def _advice(model: str, device: str, parts: tuple[PartState, ...], needs: dict, available: int | None) -> list[str]:
+    advice = []
+    missing = [p.name for p in parts if p.state == "missing" and p.needed]
+    spared = [p.name for p in parts if p.state == "missing" and not p.needed]
+    if missing or spared:
+        first = "unset HF_HUB_OFFLINE, then run" if hub.offline() else "run"
+        advice.append(f"{first}: p3s fetch {model}   (missing: {', '.join(missing + spared)})")
+    if "inpainter" in spared:
+        advice.append("without the inpainter, p3s mask removes look-alikes with the base's own U-Net")
+    if "safety_checker" in spared:
+        advice.append("without the safety checker, p3s generate needs --no-safety-checker")
+    if device == "cpu" and needs["finetune"] > memory.GB:
+        advice.append(f"on a CPU {model} takes hours to tune; use a GPU, or --model world to try things out")
+    if available is not None and max(needs.values()) > available:
+        worst = max(needs, key=needs.__getitem__)
+        advice.append(
+            f"{worst} needs about {needs[worst] / memory.GB:.1f} GB and the device has {available / memory.GB:.1f}, "
+            f"even with the profile for {min(MEMORY, key=int)} GB; use a larger one"
+        )
+    return advice
+
+
+def fetch(model: str = "sd15", vision: str | None = None, on_progress=None) -> list[PartState]:
+    """Bring every part of a family into the cache, and check that each file is what the hub says it is.
+
+    Parts that are there are only checked; damaged files are fetched anew. An optional part that cannot
+    be had is reported as missing. Raises InputError for any other, in one sentence.
+    """
+    report = on_progress or (lambda what, done, total: None)
+    profile = profiles.find(model, vision)
+    hub.lists(profile.base, "safety_checker", online=True)  # brings the index that says which parts there are
+    parts = sorted(profile.parts, key=lambda p: p.optional)
+    states = []
+    for i, part in enumerate(parts):
+        report(f"fetching and checking {part.name}", i, len(parts))
+        try:
+            states.append(_fetch(part))
+        except InputError:
+            if not part.optional:
+                raise
+            states.append(_state(part, "missing"))
+    report("done", len(parts), len(parts))
+    return states
+
+
+def _fetch(part: Part) -> PartState:
+    found, state = hub.folder(part), "present"
+    broken = hub.damaged(hub.files(found, part)) if found else []
+    if broken:
+        if not hub.cached(broken[0]):
+            raise InputError(f"{broken[0]} is damaged; restore it from where it came")
+        if hub.offline():
+            raise InputError(f"{broken[0]} is damaged and HF_HUB_OFFLINE is set; unset it and run p3s fetch again")
+        for file in broken:
+            file.resolve().unlink()
+            file.unlink()
+        found, state = None, "repaired"
+    if found is None:
+        if Path(part.source).exists():
+            raise InputError(f"{part.where} is missing or incomplete; restore the folder")
+        found = hub.bring(part)
+        state = "repaired" if state == "repaired" else "fetched"
+        if broken := hub.damaged(hub.files(found, part)):
+            raise InputError(f"{broken[0]} did not arrive as the hub says it is; run p3s fetch again")
+    return _state(part, state)
+
+
+def _state(part: Part, state: str | None = None) -> PartState:
+    found = hub.folder(part)
+    size = sum(f.stat().st_size for f in hub.files(found, part)) if found else 0
+    return PartState(
+        part.name, part.where, found, size, not part.optional, state or ("present" if found else "missing")
+    )
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,159 @@
+"""Sources, pinned revisions, the cache, and a fetch from a hub that runs in this test."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from p3s_cli import setup
+from p3s_cli.errors import InputError
+from p3s_cli.sd import hub, profile
+from p3s_cli.sd.family import load
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CLIP = ("model.safetensors", "config.json", "preprocessor_config.json")
+
+
+def blob_name(file: Path) -> str:
+    """What the hub calls a file: sha256 if it is large, git's blob hash if it is small."""
+    data = file.read_bytes()
+    if file.suffix == ".safetensors":
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def repository(weights: Path, name: str) -> dict[str, Path]:
+    """The files of a made-up repository: the bundled family, or its CLIP pair with a tokenizer beside it."""
+    if "clip" in name:
+        words = [f for f in (weights / "tokenizer").iterdir()]
+        return {n: weights / "clip" / n for n in CLIP} | {f.name: f for f in words}
+    index = weights.parent / "family.json"  # stands for a model_index.json that lists no safety checker
+    return {str(f.relative_to(weights)): f for f in weights.rglob("*") if f.is_file()} | {"model_index.json": index}
+
+
+@pytest.fixture
+def cache(world, tmp_path, monkeypatch):
+    """A hub cache that holds tiny/world and SD v1-5's CLIP (both the bundled family's) as the client leaves them."""
+    clip, revision = hub.split(profile.find("sd15").clip)
+    for name, commit in (("tiny/world", COMMIT), (clip, revision)):
+        root = tmp_path / f"models--{name.replace('/', '--')}"
+        (root / "blobs").mkdir(parents=True)
+        for path, file in repository(Path(world.profile.base), name).items():
+            blob = root / "blobs" / blob_name(file)
+            blob.write_bytes(file.read_bytes())
+            link = root / "snapshots" / commit / path
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(blob)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_a_source_is_pinned_behind_an_at_sign_unless_it_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.split("a/b@v1") == ("a/b", "v1") and hub.split("a/b") == ("a/b", None)
+    (tmp_path / "me@home").mkdir()
+    assert hub.split("me@home") == ("me@home", None)
+
+
+def test_every_model_named_in_the_package_is_pinned_to_a_commit():
+    sd15 = profile.find("sd15")
+    for source in (sd15.base, sd15.clip, sd15.inpainter):
+        assert len(hub.split(source)[1]) == 40
+
+
+def test_a_pinned_family_loads_from_the_cache_and_another_revision_does_not(world, cache):
+    family = load(f"tiny/world@{COMMIT}")
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(family.unet.state_dict().values(), world.unet.state_dict().values(), strict=True)
+    )
+    assert family.fingerprint() == world.fingerprint() and family.vision.width == world.vision.width
+    with pytest.raises(InputError, match="tiny/world/unet is not on this machine"):
+        _ = load("tiny/world@v2").unet
+
+
+def test_fetch_checks_what_is_there_and_names_the_damaged_file(cache):
+    states = {p.name: p.state for p in setup.fetch(f"tiny/world@{COMMIT}")}
+    assert states["unet"] == states["clip"] == "present" and states["inpainter"] == "missing"
+    blob = (cache / f"models--tiny--world/snapshots/{COMMIT}/vae/diffusion_pytorch_model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError, match="vae/diffusion_pytorch_model.safetensors is damaged and HF_HUB_OFFLINE"):
+        setup.fetch(f"tiny/world@{COMMIT}")
+
+
+def test_a_missing_shard_makes_a_part_missing(cache):
+    part = profile.find(f"tiny/world@{COMMIT}").part("unet")
+    assert len(hub.files(hub.folder(part), part)) == 3  # configuration and two shards
+    next(cache.glob(f"models--tiny--world/snapshots/{COMMIT}/unet/*-00002-of-*")).unlink()
+    assert hub.folder(part) is None
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's interface as a download takes."""
+
+    def __init__(self, weights, *args):
+        self.weights = weights
+        super().__init__(*args)
+
+    def do_GET(self):
+        path, api = self.path.split("?")[0].strip("/"), "api/models/"
+        if path.startswith(api):
+            owner, name, _, commit = path.removeprefix(api).split("/")
+            return self.answer(json.dumps(self.tree(f"{owner}/{name}")).encode(), {"Content-Type": "application/json"})
+        owner, name, _, commit, inside = (*path.split("/", 4), *[""] * 5)[:5]
+        file = repository(self.weights, f"{owner}/{name}").get(inside)
+        if file is None:
+            return self.answer(b"", {"X-Error-Code": "EntryNotFound"} if inside else {}, 404 if inside else 200)
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{blob_name(file)}"', "Accept-Ranges": "bytes"}
+        return self.answer(file.read_bytes(), headers)
+
+    do_HEAD = do_GET
+
+    def tree(self, name):
+        entries = []
+        for path, file in repository(self.weights, name).items():
+            size, oid = file.stat().st_size, blob_name(file)
+            large = {"lfs": {"oid": oid, "size": size, "pointerSize": 100}} if len(oid) == 64 else {}
+            entries.append({"type": "file", "path": path, "size": size, "oid": oid, **large})
+        return entries
+
+    def answer(self, body, headers, status=200):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_fetch_brings_a_whole_family_from_a_hub_and_repairs_what_is_damaged(world, tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, Path(world.profile.base)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    script = (
+        "import json; from p3s_cli import setup; from p3s_cli.sd import hub, profile\n"
+        f"name = 'tiny/world@{COMMIT}'\n"
+        "first = [p.state for p in setup.fetch(name)]\n"
+        "part = profile.find(name).part('vae'); file = hub.weight_files(hub.folder(part), part)[0].resolve()\n"
+        "file.chmod(0o644); file.write_bytes(b'?')\n"
+        "print(json.dumps([first, [p.state for p in setup.fetch(name)], [p.state for p in setup.doctor(name).parts]]))"
+    )
+    here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    here |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | here)
+    server.shutdown()
+    assert out.returncode == 0, out.stderr
+    first, second, third = json.loads(out.stdout)
+    assert set(first) == {"fetched"} and sorted(set(second)) == ["present", "repaired"] and set(third) == {"present"}
+    assert second.count("repaired") == 1
