@@ -90,7 +90,8 @@ def make(
         selection = select(pixels, features, positive, negative, config)
     if clicks.box:
         selection = replace(selection, subject=selection.subject & box_mask(clicks.box, size))
-    _check_apart(selection, clicks)
+    if not literal:  # eq. 2 as printed often covers both; it warns, and stays what it is, for comparison
+        _check_apart(selection, clicks)
     selection = replace(
         selection, warnings=tuple(dict.fromkeys([*selection.warnings, *_degenerate(selection, clicks)]))
     )
