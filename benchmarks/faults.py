@@ -13,6 +13,7 @@ fall into one. Needs `fork`: the libraries are imported once, and every trial is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -108,17 +109,20 @@ def measure(kills: int, seed: int, folder: Path) -> dict:
         length = time.monotonic() - started
     whole = contents(folder / "whole0")
     chance, rows = random.Random(seed), []
-    for k in range(kills):
-        number, root = SIGNALS[k % len(SIGNALS)], folder / "subject"
-        delay = chance.uniform(0, length)
-        code = trial(run, root, number, delay)
-        found = contents(root)
-        litter = sorted(found.keys() - whole.keys())
-        survived, equal = code is not None and not litter, found == whole
-        rows.append({"signal": number.name, "in_time": code != 0, "survived": survived, "equal": equal})
-        if not (survived and equal):
-            print(f"kill {k}: {number.name} after {delay:.3f} s, exit {code}, left {litter}", file=sys.stderr)
-        shutil.rmtree(root)
+    with contextlib.suppress(signals.Interrupted), signals.raising():  # then what was seen so far is the result
+        for k in range(kills):
+            number, root = SIGNALS[k % len(SIGNALS)], folder / "subject"
+            delay = chance.uniform(0, length)
+            code = trial(run, root, number, delay)
+            found = contents(root)
+            litter = sorted(found.keys() - whole.keys())
+            survived, equal = code is not None and not litter, found == whole
+            rows.append({"signal": number.name, "in_time": code != 0, "survived": survived, "equal": equal})
+            if not (survived and equal):
+                print(f"kill {k}: {number.name} after {delay:.3f} s, exit {code}, left {litter}", file=sys.stderr)
+            elif (k + 1) % 10 == 0:
+                print(f"{k + 1} of {kills} kills", file=sys.stderr)
+            shutil.rmtree(root)
     return {"rows": rows, "seconds": round(length, 2)}
 
 

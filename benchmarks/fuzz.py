@@ -158,9 +158,12 @@ _CONTENTS = (
 def tensor_file(draw) -> bytes:
     """A safetensors file whose header is well formed and often fits."""
     header, data = {}, b""
-    for name in draw(st.lists(st.sampled_from(["a", "b", "c", "__metadata__", "../x"]), max_size=4, unique=True)):
-        dtype = draw(st.sampled_from(["F32", "U8", "F16", "I64", "F64", "X"]))
-        shape = draw(st.lists(st.integers(0, 4) | st.sampled_from([2**31, -1]), max_size=3))
+    fits = draw(st.booleans())
+    others = st.lists(st.sampled_from(["a", "b", "c", "__metadata__", "../x"]), max_size=4, unique=True)
+    for name in list(LAYOUT) if fits else draw(others):
+        dtype = LAYOUT[name][0] if fits else draw(st.sampled_from(["F32", "U8", "F16", "I64", "F64", "X"]))
+        size = st.integers(0, 4) if fits else st.integers(0, 4) | st.sampled_from([2**31, -1])
+        shape = [n or draw(size) for n in LAYOUT[name][1]] if fits else draw(st.lists(size, max_size=3))
         count = max(0, math.prod(shape)) * {"F32": 4, "F16": 2, "I64": 8, "F64": 8}.get(dtype, 1)
         part = draw(st.binary(max_size=count)) if count < 1000 else b""
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + count]}

@@ -32,6 +32,7 @@ Seed = Annotated[int, typer.Option(min=0, max=2**53, help="Seed of everything ra
 Memory = Annotated[str, typer.Option(help="Memory profile: auto, 24, 16, 12 or 8 (GB).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing has changed.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="The same bits every time on CUDA too; slower.")]
 SubjectDir = Annotated[Path, typer.Argument(help="Subject directory made by `p3s mask`.")]
 OtherVision = Annotated[str | None, typer.Option(help="Another CLIP pair than the family's: a folder or a hub id.")]
 OtherModel = Annotated[str | None, typer.Option(help="Another base than the one the subject names.")]
@@ -127,6 +128,7 @@ def mask(
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
+    deterministic: Deterministic = False,
     as_json: Json = False,
 ) -> None:
     """Points on a photo -> the subject's mask, and the photo without its look-alike."""
@@ -145,6 +147,7 @@ def mask(
         device=device,
         dtype=dtype,
         force=force,
+        deterministic=deterministic,
     )
     clicks = dict(positive=pos or (), negative=neg or (), box=box, class_word=class_word)
     if points is None and len(photos) == 1:
@@ -187,6 +190,7 @@ def finetune(
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
+    deterministic: Deterministic = False,
     as_json: Json = False,
 ) -> None:
     """Teach the model this very subject. An interrupted run goes on where it stopped."""
@@ -216,6 +220,7 @@ def finetune(
         device=device,
         dtype=dtype,
         force=force,
+        deterministic=deterministic,
     )
 
 
@@ -263,6 +268,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
+    deterministic: Deterministic = False,
     as_json: Json = False,
 ) -> None:
     """Images of the subject, wherever the prompt puts it."""
@@ -303,6 +309,7 @@ def generate(
         device=device,
         dtype=dtype,
         force=force,
+        deterministic=deterministic,
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from test_atomic import file_size_limit
 
 from p3s_cli import cli, signals, stages
 from p3s_cli.errors import InputError, P3SError
@@ -89,6 +90,27 @@ def test_two_runs_with_the_same_seed_are_the_same_bytes(photo, tiny_family, tmp_
         stages.generate(root, PROMPT, n=2, steps=2, family=tiny_family)
         found.append(contents(root))
     assert found[0] == found[1] and len(found[0]) == 9
+
+
+def test_a_quota_in_mid_run_costs_nothing(subject, tiny_family, tmp_path):
+    """Photo and masks fit into the limit, the state of the training does not."""
+    shutil.copytree(subject, tmp_path / "other")
+    stages.finetune(subject, steps=2, family=tiny_family)
+    before = contents(tmp_path / "other")
+    with file_size_limit(100_000), pytest.raises(P3SError, match="step-00000002.*File too large.* are free"):
+        stages.finetune(tmp_path / "other", steps=2, family=tiny_family)
+    assert contents(tmp_path / "other") == before
+    stages.finetune(tmp_path / "other", steps=2, family=tiny_family)
+    assert contents(subject) == contents(tmp_path / "other")
+
+
+def test_deterministic_asks_torch_for_it_and_leaves_torch_as_it_was(subject, tiny_family):
+    seen = []
+    heard = {"on_progress": lambda *_: seen.append(torch.are_deterministic_algorithms_enabled())}
+    stages.finetune(subject, steps=1, family=tiny_family, deterministic=True, **heard)
+    stages.generate(subject, PROMPT, n=1, steps=1, family=tiny_family, deterministic=True, **heard)
+    assert seen.count(True) == 2 and not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 def test_only_missing_images_are_made_and_they_are_the_same(tuned, tiny_family):

@@ -9,8 +9,10 @@ from PIL import Image
 
 from p3s_cli import stages
 from p3s_cli.errors import InputError, P3SError
+from p3s_cli.paper.points import Selection
 from p3s_cli.sd import images
 from p3s_cli.sd.weights import load_tensors
+from p3s_cli.stages.reference import Clicks, _check_apart, _degenerate
 from p3s_cli.subject import Subject, parse_point, resolve_points
 
 
@@ -175,6 +177,14 @@ def test_class_word_is_guessed_with_a_score_and_can_be_corrected(photo, pair, wo
     assert corrected.class_word == "owl" and corrected.class_score is None and corrected.unchanged
 
 
+def test_a_point_outside_is_told_the_nearest_inside():
+    with pytest.raises(InputError, match=r"such as 100,0$"):
+        resolve_points(["200,-3"], 101, 51)
+    for odd in ((1, 2, 3), ("a", "b"), 5):
+        with pytest.raises(InputError, match="not a point"):
+            resolve_points([odd], 101, 51)
+
+
 @pytest.mark.parametrize("text", ["12", "a,b", "1,2,3", ""])
 def test_points_that_are_none(text):
     with pytest.raises(InputError, match="is not a point"):
@@ -192,6 +202,30 @@ def test_one_place_marked_both_ways_is_refused(photo, world, tmp_path):
     with pytest.raises(InputError, match="both positive and negative"):
         stages.mask(photo, ["20,20"], ["20,20"], tmp_path / "x", family=world)
     assert not (tmp_path / "x").exists()
+
+
+def test_points_that_tell_nothing_apart_are_refused():
+    """By construction: the positive mask is the left half; then a negative point in it, and the other way round."""
+    left = torch.zeros(40, 60, dtype=torch.bool)
+    left[:, :30] = True
+    maps = torch.rand(4, 6), torch.rand(4, 6)
+    apart = Clicks([(5, 5)], [(50, 5)], None)
+    _check_apart(Selection(*maps, left, ~left, (), 1.0), apart)
+    with pytest.raises(InputError, match="negative point 20,30 lies in the same.*60 wide and 40 high.*--box"):
+        _check_apart(Selection(*maps, left, ~left, (), 1.0), Clicks([(5, 5)], [(50, 5), (20, 30)], None))
+    with pytest.raises(InputError, match="positive point 5,5 lies in the same"):
+        _check_apart(Selection(*maps, ~left, left, (), 1.0), Clicks([(5, 5)], [], None))
+
+
+def test_empty_masks_are_said():
+    none = torch.zeros(40, 60, dtype=torch.bool)
+    selection = Selection(torch.rand(4, 6), torch.zeros(4, 6), none, none, (), 1.0)
+    first, second = (
+        _degenerate(selection, Clicks([(5, 5)], [], None)),
+        _degenerate(selection, Clicks([], [(5, 5)], None)),
+    )
+    assert first == ["the mask of the positive point is empty; put the point in the middle of what it marks"]
+    assert "no contrast" in second[0] and "negative point is empty" in second[1]
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(masked, photo, pair, world, monkeypatch):

@@ -9,11 +9,13 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from p3s_cli.benches.finding import Finder
 from p3s_cli.errors import InputError
 from p3s_cli.evals.scoring import Truth
-from p3s_cli.methods.photos import mask_tensors
+from p3s_cli.methods.photos import mask_tensors, read_originals
 from p3s_cli.methods.views import close_view, look
 from p3s_cli.sd import images
+from p3s_cli.sd.vision import VisionTower
 from p3s_cli.subject import Subject
 
 _PORTRAIT = 256  # pixels
@@ -45,7 +47,7 @@ class Case:
         return self.truth.subject
 
 
-def subject_case(directory: Path, prompts: Sequence[str]) -> Case:
+def subject_case(directory: Path, tower: VisionTower, prompts: Sequence[str]) -> Case:
     """A user's own subject: what its references show is the truth, and so is a look-alike that was pointed at.
 
     `prompts` hold [V], and perhaps `{}` for the class word. Raises InputError if the directory holds no
@@ -66,8 +68,15 @@ def subject_case(directory: Path, prompts: Sequence[str]) -> Case:
         masked.append(_portrait(photo * chosen, chosen))
         if negative.any():
             other.append(_portrait(photo, negative))
-    truth = Truth(directory.resolve().name, tuple(real), tuple(other), tuple(masked))
+    finder = first_finder(directory, tower)
+    truth = Truth(directory.resolve().name, tuple(real), tuple(other), tuple(masked), finder=finder)
     return Case(directory, tuple(map(Prompt, texts)), truth)
+
+
+def first_finder(directory: Path, tower: VisionTower) -> Finder:
+    """Finds the subject by what its first reference shows of it."""
+    photo = read_originals(Subject.open(directory))[0]
+    return Finder(tower, photo.pixels, photo.mask)
 
 
 def _portrait(photo: Tensor, mask: Tensor) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import Any
 from p3s_cli import methods, stages
 from p3s_cli.atomic import replacing, sha256
 from p3s_cli.benches import world
-from p3s_cli.benches.cases import Case, Prompt, subject_case
+from p3s_cli.benches.cases import Case, Prompt, first_finder, subject_case
 from p3s_cli.benches.entries import ABLATIONS, Entry, choose, rivals
 from p3s_cli.benches.run import Outcome, Plan, Run
 from p3s_cli.errors import InputError
@@ -120,7 +120,7 @@ def evaluate_subject(
     """
     root = Path(directory)
     family = load(model or Subject.open(root).manifest.model, device, dtype)
-    case = subject_case(root, prompts or family.profile.prompts)
+    case = subject_case(root, family.vision, prompts or family.profile.prompts)
     entries = rivals(names or ("p3s",), methods.NAMES, ("published",))
     judge = Judge(protocols.protocol(protocol_name or family.profile.protocol), family.folder, family.device)
     run = Run(root / "eval", family, judge, Plan(n, seed), on_progress or _silent)
@@ -191,7 +191,9 @@ def evaluate_dreambench(
     for sitter, at in zip(sitters, clicks, strict=True):
         directory = root / "cases" / sitter.name
         stages.mask(sitter.photos[0], at.positive, at.negative, directory, sitter.class_word, at.box, family=family)
-        truth = Truth(sitter.name, tuple(images.load_image(p) for p in sitter.photos))
+        photos = tuple(images.load_image(p) for p in sitter.photos)
+        finder = first_finder(directory, family.vision)
+        truth = Truth(sitter.name, photos, masked=tuple(map(finder.blackened, photos)), finder=finder)
         made.append(Case(directory, tuple(map(Prompt, sitter.prompts)), truth))
     entries = rivals(names or ("p3s",), methods.NAMES, ("published",))
     return _finish(run, entries, run.evaluate(entries, made), "p3s eval --bench dreambench")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from p3s_cli import stages
 from p3s_cli.atomic import sha256
-from p3s_cli.benches.cases import Case, Prompt
+from p3s_cli.benches.cases import Case, Prompt, first_finder
 from p3s_cli.evals.scoring import Result, Truth
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
@@ -51,7 +51,7 @@ def cases(folder: Path, family: Family, count: int, seed: int = 0, quick: bool =
         directory = folder / f"{k:02d}-{category}"
         _mask(scene, directory, family)
         asked = prompts(category)
-        made.append(Case(directory, asked[::3] if quick else asked, _truth(directory.name, scene, number)))
+        made.append(Case(directory, asked[::3] if quick else asked, _truth(directory, family, scene, number)))
     return made
 
 
@@ -63,17 +63,18 @@ def _mask(scene: Scene, directory: Path, family: Family) -> None:
     stages.mask(photo, [click(truth[0, 0])], [click(truth[0, 1])], directory, word, family=family)
 
 
-def _truth(name: str, scene: Scene, seed: int) -> Truth:
+def _truth(directory: Path, family: Family, scene: Scene, seed: int) -> Truth:
     chosen, other = (s.instance for s in scene.subjects)
-    views = [_portraits(instance, seed, _VIEWS) for instance in (chosen, other)]
+    (real, masked), (strangers, _) = (_portraits(instance, seed) for instance in (chosen, other))
     text = describe(scene.subjects[1], random.Random(seed), full=True)
-    return Truth(name, *views, other_text=text)
+    return Truth(directory.name, real, strangers, masked, text, first_finder(directory, family.vision))
 
 
-def _portraits(instance: Instance, seed: int, count: int, first: int = 0) -> tuple[Image.Image, ...]:
-    """The individual truly drawn alone, in other places and poses."""
-    scenes = [solo(instance, _FIRST_VIEW + 100 * (seed - FIRST_SCENE) + first + k) for k in range(count)]
-    return tuple(images.to_pil(p) for p in render(scenes)[0])
+def _portraits(instance: Instance, seed: int) -> tuple[tuple[Image.Image, ...], tuple[Image.Image, ...]]:
+    """The individual truly drawn alone, in other places and poses; and the same with everything else black."""
+    views = [solo(instance, _FIRST_VIEW + 100 * (seed - FIRST_SCENE) + k) for k in range(_VIEWS)]
+    pixels, masks = render(views)
+    return tuple(map(images.to_pil, pixels)), tuple(map(images.to_pil, pixels * masks[:, :1]))
 
 
 def calibration(case: Case, number: int, seed: int, folder: Path) -> dict[str, list[Result]]:

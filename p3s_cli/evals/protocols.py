@@ -21,13 +21,14 @@ class Metric:
 
     `against`: `real` pictures of the subject (mean cosine), the prompt's `text`, the look-alike's text
     (`other_text`: CLIP-ES, lower is better), `selective` (nearer to the subject than to the look-alike, 0 or
-    1), or `labels` (share of what the prompt asks for that a reader finds). `masked`: everything but the
-    subject is black in both pictures.
+    1), `labels` (share of what the prompt asks for that a reader finds), or `x` and `y` (where the subject's
+    middle is, as a fraction: a copied reference never moves). `masked`: everything but the subject is black
+    in both pictures. The last three need to know where the subject is in a result.
     """
 
     name: str
     model: str  # a key of the protocol's models
-    against: Literal["real", "text", "other_text", "selective", "labels"]
+    against: Literal["real", "text", "other_text", "selective", "labels", "x", "y"]
     masked: bool = False
 
 
@@ -87,8 +88,10 @@ _WORLD_PROTOCOL = Protocol(
         Metric("CLIP-T", "clip", "text"),
         Metric("identity-M", "identity", "real", masked=True),
         Metric("CLIP-ES", "clip", "other_text"),
+        Metric("x", "clip", "x"),
+        Metric("y", "clip", "y"),
     ),
-    variances={"CLIP-Iv": "CLIP-I", "identity-v": "identity"},
+    variances={"CLIP-Iv": "CLIP-I", "identity-v": "identity", "x-v": "x", "y-v": "y"},
 )
 
 PROTOCOLS = {p.name: p for p in (_DREAMBOOTH, _P3S, _KOSMOS_G, _WORLD_PROTOCOL)}

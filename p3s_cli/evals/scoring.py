@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 from torch import Tensor
 
+from p3s_cli.evals import protocols
 from p3s_cli.evals.metrics import nearer
 from p3s_cli.evals.models import LabelReader, MetricModel
-from p3s_cli.evals.protocols import Metric, Protocol
+from p3s_cli.evals.protocols import Metric
 from p3s_cli.evals.scores import Row
 
 
@@ -22,7 +24,8 @@ class Truth:
 
     `real`: the chosen subject, the first being the reference that methods were given. `other`: its
     look-alike, empty if it has none. `masked`: `real` with all but the subject black. `other_text`
-    describes the look-alike.
+    describes the look-alike. `finder` tells where the subject is in a result; columns that ask for it
+    are left out without one.
     """
 
     subject: str
@@ -30,6 +33,14 @@ class Truth:
     other: tuple[Image.Image, ...] = ()
     masked: tuple[Image.Image, ...] = ()
     other_text: str | None = None
+    finder: Finder | None = None
+
+
+class Finder(Protocol):
+    """Finds one subject in pictures: everything but it black, and its middle as fractions (x, y)."""
+
+    def blackened(self, picture: Image.Image) -> Image.Image: ...
+    def place(self, picture: Image.Image) -> tuple[float, float]: ...
 
 
 @dataclass(frozen=True)
@@ -48,20 +59,10 @@ class Result:
 
 
 class Judge:
-    """A protocol with its models, found in `family_folder` first and by hub id otherwise.
+    """A protocol with its models, found in `family_folder` first and by hub id otherwise."""
 
-    `blacken` turns a result into the picture with all but the subject black (for the masked metrics,
-    which are left out without it).
-    """
-
-    def __init__(
-        self,
-        protocol: Protocol,
-        family_folder: Path | None,
-        device: str = "cpu",
-        blacken: Callable[[Image.Image], Image.Image] | None = None,
-    ):
-        self.protocol, self.blacken = protocol, blacken
+    def __init__(self, protocol: protocols.Protocol, family_folder: Path | None, device: str = "cpu"):
+        self.protocol = protocol
         self._places = {
             key: (str(family_folder / where) if family_folder and (family_folder / where).is_dir() else where, how)
             for key, (where, how) in protocol.models.items()
@@ -78,12 +79,10 @@ class Judge:
 
     def metrics(self, truth: Truth) -> list[Metric]:
         """The columns that can be had for this subject."""
-        needs = {"selective": bool(truth.other), "other_text": truth.other_text is not None}
-        return [
-            m
-            for m in self.protocol.metrics
-            if needs.get(m.against, True) and (not m.masked or (self.blacken is not None and truth.masked))
-        ]
+        found = truth.finder is not None
+        needs = {"selective": bool(truth.other), "other_text": truth.other_text is not None, "x": found, "y": found}
+        usable = [m for m in self.protocol.metrics if needs.get(m.against, True)]
+        return [m for m in usable if not m.masked or (found and truth.masked)]
 
     def judge(self, method: str, truth: Truth, results: Sequence[Result], known: Callable) -> Iterator[Row]:
         """Rows that are not yet `known` (by key) for these results."""
@@ -123,6 +122,8 @@ class Judge:
             return truth.other_text or ""
         if metric.against == "labels":
             return "the labels the prompt asks for"
+        if metric.against in ("x", "y"):
+            return "the picture's width" if metric.against == "x" else "the picture's height"
         count = f"{len(self._real(truth, metric.masked))} pictures of {truth.subject}"
         return count if metric.against == "real" else f"{count} against {len(truth.other)} of its look-alike"
 
@@ -134,9 +135,11 @@ class Judge:
         pictures = [result.open() for result in results]
         if metric.against == "labels":
             return self._found(pictures, results)
+        if metric.against in ("x", "y"):
+            return [truth.finder.place(p)["xy".index(metric.against)] for p in pictures]  # type: ignore[union-attr]
         model = self.models[metric.model]
         if metric.masked:
-            pictures = [self.blacken(picture) for picture in pictures]  # type: ignore[misc]
+            pictures = [truth.finder.blackened(picture) for picture in pictures]  # type: ignore[union-attr]
         vectors = model.images(pictures)
         if metric.against == "text":
             return (vectors * model.texts([r.prompt for r in results])).sum(1).tolist()

@@ -19,6 +19,7 @@ from p3s_cli.methods.base import Generator
 from p3s_cli.methods.memory import choose
 from p3s_cli.methods.p3s import P3S, Part
 from p3s_cli.sd import a1111, controlnet, images, lora, safety, sample, text
+from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.stages.composition import Composition, parse_size
@@ -67,6 +68,7 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
+    deterministic: bool = False,
     family: Family | None = None,
     on_progress: Progress | None = None,
 ) -> GenerateResult:
@@ -109,10 +111,10 @@ def generate(
     missing = [s for s in seeds if force or not output.made(s)]
     parameters = _parameters(family, words, sampling, joined)
     profile = choose(memory, family.profile, family.device, family.dtype)[1] if missing else None
-    for s, picture, verdict in _sample(
-        family, subject, joined, words, sampling, seeds, missing, profile, safety_checker, report
-    ):
-        output.save(s, images.to_pil(picture), verdict, parameters(s))
+    made = _sample(family, subject, joined, words, sampling, seeds, missing, profile, safety_checker, report)
+    with exact(deterministic):
+        for s, picture, verdict in made:
+            output.save(s, images.to_pil(picture), verdict, parameters(s))
     if missing or not output.grid.is_file():
         output.finish(f"{steps} steps, guidance {sampling.guidance:g}")
     verdicts = output.safety()

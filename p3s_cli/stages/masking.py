@@ -13,6 +13,7 @@ from p3s_cli import pictures
 from p3s_cli.errors import InputError
 from p3s_cli.lock import writing
 from p3s_cli.sd import images
+from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
 from p3s_cli.stages import reference as work
 from p3s_cli.stages.clicks import read_clicks
@@ -53,6 +54,7 @@ def mask(
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
+    deterministic: bool = False,
     family: Family | None = None,
     on_progress: Progress | None = None,
 ) -> MaskResult:
@@ -69,7 +71,7 @@ def mask(
     mask_config, _ = settings.preset(preset)
     picture = images.load_image(photo)
     clicks = work.Clicks.read(positive, negative, box, *picture.size)
-    with writing(root, "p3s mask"):
+    with writing(root, "p3s mask"), exact(deterministic):
         subject = Subject.open(root) if Subject.exists(root) else None
         family = family or load(subject.manifest.model if subject else model, device, dtype, inpainter=inpainter)
         report("loading the vision tower", 0, 3)

@@ -60,6 +60,76 @@ def test_truncated_missing_and_tiny_files_are_refused(tmp_path):
             load_image(tmp_path / name)
 
 
+def noise(mode="RGB", size=(40, 30)):
+    return Image.effect_noise(size, 80).convert(mode)
+
+
+def test_every_mode_of_the_three_formats_becomes_rgb(tmp_path):
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        noise(mode).save(tmp_path / "m.png")
+        assert load_image(tmp_path / "m.png").mode == "RGB"
+    for mode, name in (("L", "a.jpg"), ("CMYK", "a.jpg"), ("RGBA", "a.webp")):
+        noise(mode).save(tmp_path / name)
+        assert load_image(tmp_path / name).size == (40, 30)
+    palette = Image.new("P", (20, 20), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(tmp_path / "p.png", transparency=1)
+    assert load_image(tmp_path / "p.png").getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_16_bit_colour_is_scaled_not_clipped(tmp_path):
+    """Written by hand, as Pillow writes no 16-bit RGB: half of 65535 is half of 255."""
+    import struct
+    import zlib
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 20, 20, 16, 2, 0, 0, 0)
+    row = b"\0" + struct.pack(">3H", 32768, 65535, 256) * 20
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 20)) + chunk(b"IEND", b"")
+    (tmp_path / "h.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    assert load_image(tmp_path / "h.png").getpixel((9, 9)) == (128, 255, 1)
+
+
+def test_bombs_are_refused_before_they_are_unpacked(tmp_path):
+    """Ten thousand times the limit announced in a header of a few bytes; and just above it, for real."""
+    import struct
+    import zlib
+
+    for side in (2**30, 10_001):
+        header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+        start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+        (tmp_path / "bomb.png").write_bytes(start + struct.pack(">I", 0) + b"IDAT")
+        with pytest.raises(InputError, match="bomb.png"):
+            load_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp"])
+def test_animations_are_refused_and_phones_many_picture_jpegs_are_not(tmp_path, name):
+    noise().save(tmp_path / name, save_all=True, append_images=[noise("L").convert("RGB")])
+    with pytest.raises(InputError, match=f"{name} is animated"):
+        load_image(tmp_path / name)
+    noise().save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[noise()])
+    assert load_image(tmp_path / "phone.jpg").size == (40, 30)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "EPS", "ICO"])
+def test_other_formats_under_a_good_name_are_refused(tmp_path, kind):
+    noise().save(tmp_path / "x.png", format=kind)
+    with pytest.raises(InputError, match="x.png is not a JPEG, PNG or WebP"):
+        load_image(tmp_path / "x.png")
+
+
+def test_only_files_are_opened(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path, tmp_path / "pipe.png"):
+        with pytest.raises(InputError, match="is not a file"):
+            load_image(path)
+
+
 def test_png_carries_its_settings_and_leaves_no_litter(tmp_path):
     save_png(tmp_path / "o.png", picture(), {"prompt": "a dög", "seed": 3})
     assert read_metadata(tmp_path / "o.png") == {"prompt": "a dög", "seed": 3}

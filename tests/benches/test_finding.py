@@ -1,0 +1,33 @@
+"""The finder knows a subject again where nobody clicked."""
+
+import pytest
+
+from p3s_cli.benches.finding import Finder
+from p3s_cli.evals.metrics import intersection_over_union
+from p3s_cli.sd.images import to_pil, to_tensor
+from p3s_cli.world.render import render
+from p3s_cli.world.scenes import lookalike_scene
+
+
+def test_it_finds_the_chosen_one_and_not_the_look_alike_in_the_very_photo(world, pair):
+    photo, masks, _ = pair
+    for own, other in ((0, 1), (1, 0)):
+        found = Finder(world.vision, to_tensor(photo), masks[own]).mask(photo)
+        assert intersection_over_union(found, masks[own]) > intersection_over_union(found, masks[other])
+
+
+def test_everything_else_is_black_and_the_place_is_the_middle_of_what_is_left(world, pair):
+    photo, masks, _ = pair
+    finder = Finder(world.vision, to_tensor(photo), masks[0])
+    found, cut = finder.mask(photo), to_tensor(finder.blackened(photo))
+    assert cut[:, ~found].max() == 0 and (cut[:, found] == to_tensor(photo)[:, found]).all()
+    x, y = finder.place(photo)
+    columns = found.nonzero()[:, 1].float()
+    assert x == pytest.approx(columns.mean().item() / 128) and 0 < y < 1
+
+
+def test_a_mirrored_photo_mirrors_the_place(world):
+    pixels, masks = render([lookalike_scene(20_000_007)])
+    finder = Finder(world.vision, pixels[0], masks[0, 0])
+    there, mirrored = finder.place(to_pil(pixels[0])), finder.place(to_pil(pixels[0].flip(-1)))
+    assert mirrored[0] == pytest.approx(1 - there[0], abs=0.15) and mirrored[1] == pytest.approx(there[1], abs=0.15)

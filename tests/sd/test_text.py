@@ -1,0 +1,39 @@
+"""Prompts: nothing is lost unnoticed, and the subject never."""
+
+import pytest
+
+from p3s_cli.errors import InputError
+from p3s_cli.sd import text
+
+
+def fits(tokenizer, prompt):
+    words = text.identify(prompt, "sks")
+    text.check_identifier_survives(tokenizer, words, "sks")
+    return words, text.lost_words(tokenizer, words)
+
+
+def test_words_beyond_the_encoder_are_named(world):
+    """77 tokens with the two that begin and end: 75 words of one token each fit, the 76th is lost."""
+    spare = 75 - len(world.tokenizer("sks").input_ids[1:-1])
+    words, lost = fits(world.tokenizer, "[V] " + " ".join(["dog"] * spare))
+    assert lost == ""
+    words, lost = fits(world.tokenizer, "[V] " + " ".join(["dog"] * spare) + " cat duck")
+    assert lost == "cat duck"
+
+
+def test_the_subject_is_never_cut_off(world):
+    own = len(world.tokenizer("sks").input_ids[1:-1])
+    fits(world.tokenizer, " ".join(["dog"] * (75 - own)) + " [V]")
+    with pytest.raises(InputError, match=r"\[V\] lies beyond the 77 tokens"):
+        fits(world.tokenizer, " ".join(["dog"] * (76 - own)) + " [V]")
+
+
+@pytest.mark.parametrize("prompt", ["a dog", "", "[v] dog", "a [V dog"])
+def test_a_prompt_without_the_subject_is_refused(prompt):
+    with pytest.raises(InputError, match=r"has no \[V\]"):
+        text.identify(prompt, "sks")
+
+
+def test_text_that_is_no_unicode_is_refused():
+    with pytest.raises(InputError, match="not valid Unicode"):
+        text.identify("a [V] \ud800", "sks")
