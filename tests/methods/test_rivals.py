@@ -302,6 +302,12 @@ def test_recipes_are_the_papers_then_the_familys_then_the_users(family):
     )
 
 
+def test_what_the_bundled_family_recommends_is_for_methods_that_exist_and_settings_they_have(world):
+    for name, recommended in world.profile.methods.items():
+        recipe = dataclasses.asdict(methods.get(name).recipe(world.profile, FinetuneConfig()))
+        assert {n: recipe[n] for n in recommended} == recommended
+
+
 def test_class_images_depend_on_the_seed_alone(family):
     from p3s_cli.methods.prior import class_images
 
