@@ -88,17 +88,15 @@ class BreakAScene:
         kept = prior(family, r.class_prompt, r.class_images, r.class_steps, config.seed, r.batch, r.prior_weight)
         loss = Denoising(family, unet, [_scenes(family, subject, word, r.batch), kept])
         first, second = r.steps // 2, r.steps - r.steps // 2
-        early = checkpoint and replace(checkpoint, path=checkpoint.path.with_suffix(".word.safetensors"))
+        # beside the run's own checkpoint and under its name, so that it goes when that one goes
+        early = checkpoint and replace(checkpoint, path=checkpoint.path.with_name(f"{checkpoint.path.name}-word"))
         recipe = Recipe(first, r.word_lr, r.weight_decay, seed=config.seed)
         train({"word": word.row}, loss, recipe, _counted(on_step, 0, r.steps), early)
         unet.requires_grad_(True)
         word.text_encoder.requires_grad_(True).get_input_embeddings().known.requires_grad_(False)
         everything = trainable(unet, "unet.") | trainable(word.text_encoder, "text.")
         recipe = replace(recipe, steps=second, lr=r.lr, seed=config.seed + 1)
-        learnt = train(everything, loss, recipe, _counted(on_step, first, r.steps), checkpoint)
-        if early:
-            early.path.unlink(missing_ok=True)
-        return learnt
+        return train(everything, loss, recipe, _counted(on_step, first, r.steps), checkpoint)
 
     @contextlib.contextmanager
     def bind(
