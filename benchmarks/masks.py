@@ -8,21 +8,23 @@ Real photos come from `P3S_DATA` or `../shared/data` and are read through its Vi
 look-alikes read through the bundled CLIP. Columns: `iou` and `boundary_f` (within 0.75 % of the diagonal)
 of the subject's mask; `leak`, share of the other subjects inside it; `coverage` and `damage`, shares of
 the other subjects and of the subject inside the negative mask; `clicks` and `worst_decile`, the mean IoU
-over random clicks inside the truth and that of its worst tenth; `seconds` a photo, models loaded.
+over random clicks inside the truth and that of its worst tenth; `more_clicks`, the IoU with the extra
+clicks of the manifest as well (two more of them); `seconds` a photo, models loaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+import cases
 import numpy as np
 import torch
+from cases import DATA, Case, Click
 from PIL import Image
 from scipy import ndimage
 from skimage.color import rgb2lab
@@ -31,105 +33,21 @@ from tables import last_line, machine, markdown
 
 from p3s_cli import pictures
 from p3s_cli.config import MaskConfig
-from p3s_cli.demo import click as middle
 from p3s_cli.paper import points as literal
 from p3s_cli.sd import images
 from p3s_cli.sd.family import load
 from p3s_cli.sd.vision import VisionTower
 from p3s_cli.segment import select as segment
-from p3s_cli.segment.prototypes import with_seeds
-from p3s_cli.world.render import render
-from p3s_cli.world.scenes import lookalike_scene
+from p3s_cli.segment.prototypes import holding
 
-DATA = Path(os.environ.get("P3S_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
-FIRST_SCENE = 21_000_000
-Click = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A photo (H, W, 3) uint8, the truth of the subject and of all others (H, W), and one click on each."""
-
-    group: str
-    photo: np.ndarray
-    truth: np.ndarray
-    others: list[np.ndarray]
-    positive: Click
-    negative: list[Click]
-    extra: tuple[Click, ...] = ()
-
-
-def selective_dev() -> Iterator[Case]:
-    folder = DATA / "selective_dev"
-    groups = {"paste": "pasted", "concat": "side by side", "natural": "natural"}
-    for record in json.loads((folder / "manifest.json").read_text()):
-        photo = np.asarray(Image.open(folder / record["image"]).convert("RGB"))
-        masks = [np.asarray(Image.open(folder / s["mask"]).convert("L")) > 127 for s in record["subjects"]]
-        for task in record["tasks"]:
-            k = task["target"]
-            others = [m for i, m in enumerate(masks) if i != k]
-            group = "three of a kind" if len(masks) > 2 else groups[record["kind"]]
-            extra = tuple(tuple(p) for p in record["subjects"][k]["extra_points"])
-            negative = [tuple(p) for p in task["negative"]]
-            yield Case(group, photo, masks[k], others, tuple(task["positive"][0]), negative, extra)
-
-
-def cut_by_the_frame() -> Iterator[Case]:
-    """The same photos, cropped so that the frame takes the outer third of the subject."""
-    for case in selective_dev():
-        columns = np.where(case.truth.any(0))[0]
-        left, right = columns[0], columns[-1]
-        third = (right - left) // 3
-        keep = slice(left + third, None) if left < case.truth.shape[1] - right else slice(None, right - third)
-        truth, others = case.truth[:, keep], [o[:, keep] for o in case.others]
-        others = [o for o in others if o.sum() > 500]
-        clicks = [deepest(o) for o in others]
-        yield Case("cut by the frame", case.photo[:, keep], truth, others, deepest(truth), clicks)
-
-
-def touching() -> Iterator[Case]:
-    """The other subject cut out and set against the first, overlapping it a little, the photo cropped to both."""
-    for case in selective_dev():
-        if case.group != "pasted":
-            continue
-        rows, columns = np.where(case.truth)
-        other_rows, other_columns = np.where(case.others[0])
-        overlap = round(0.06 * (columns.max() - columns.min()))
-        to_right = columns.mean() < case.truth.shape[1] / 2
-        shift = (
-            columns.max() - other_columns.min() - overlap if to_right else columns.min() - other_columns.max() + overlap
-        )
-        moved = np.roll(case.others[0], (round(rows.max() - other_rows.max()), shift), (0, 1))
-        photo = case.photo.copy()
-        photo[moved] = np.roll(case.photo, (round(rows.max() - other_rows.max()), shift), (0, 1))[moved]
-        truth = case.truth & ~moved
-        window = _around(truth | moved, 40)
-        truth, moved, photo = truth[window], moved[window], photo[window]
-        yield Case("touching", photo, truth, [moved], deepest(truth), [deepest(moved)])
-
-
-def world(count: int = 24) -> Iterator[Case]:
-    for k in range(count):
-        pixels, masks = render([lookalike_scene(FIRST_SCENE + k)])
-        photo = np.asarray(images.to_pil(pixels[0]))
-        for i in (0, 1):
-            truth, other = masks[0, i], masks[0, 1 - i]
-            yield Case("world", photo, truth.numpy(), [other.numpy()], middle(truth), [middle(other)])
-
-
-def deepest(mask: np.ndarray) -> Click:
-    """The most interior pixel."""
-    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    row, column = np.unravel_index(depth.argmax(), depth.shape)
-    return float(column), float(row)
-
-
-def _around(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
-    rows, columns = np.where(mask.any(1))[0], np.where(mask.any(0))[0]
-    return (
-        slice(max(0, rows[0] - margin), rows[-1] + margin),
-        slice(max(0, columns[0] - margin), columns[-1] + margin),
-    )
+SETS: dict[str, Callable[[], Iterator[Case]]] = {
+    "selective_dev": cases.selective_dev,
+    "cut": cases.cut_by_the_frame,
+    "filling": cases.filling_the_frame,
+    "touching": cases.touching,
+    "three": cases.three_of_a_kind,
+    "world": cases.world,
+}
 
 
 class Reader:
@@ -144,12 +62,9 @@ class Reader:
             self._photo, self._features = photo, read(images.to_tensor(Image.fromarray(photo)))
         return self._features
 
-    def __call__(self, case: Case, positive: Click | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, case: Case, positive: list[Click]) -> tuple[np.ndarray, np.ndarray]:
         height, width = case.truth.shape
-        sides = [
-            [((x + 0.5) / width, (y + 0.5) / height) for x, y in clicks]
-            for clicks in ([positive or case.positive], case.negative)
-        ]
+        sides = [[((x + 0.5) / width, (y + 0.5) / height) for x, y in clicks] for clicks in (positive, case.negative)]
         features = self.features(case.photo)
         if self.config.recipe == "paper":
             made = literal.select(features, *sides, (height, width), self.config)
@@ -172,15 +87,16 @@ def boundary_f(mask: np.ndarray, truth: np.ndarray) -> float:
     return float(2 * precision * recall / max(1e-9, precision + recall))
 
 
-def measure(reader: Reader, cases: list[Case], random_clicks: int) -> dict[str, dict[str, float]]:
+def measure(reader: Reader, group: list[Case], random_clicks: int) -> dict[str, dict[str, float]]:
     """Scores by group, and of all of them together under "all"."""
     rng = np.random.default_rng(0)
     rows: dict[str, list[dict[str, float]]] = {}
     wandering: dict[str, list[float]] = {}
-    for case in cases:
+    for case in group:
         started = time.monotonic()
-        subject, negative = reader(case)
+        subject, negative = reader(case, [case.positive])
         seconds = time.monotonic() - started
+        more = reader(case, [case.positive, *case.extra])[0] if case.extra and random_clicks else subject
         other = np.any(case.others, axis=0) if case.others else np.zeros_like(case.truth)
         share = lambda a, b: float((a & b).sum() / max(1, b.sum()))  # noqa: E731
         row = {
@@ -189,11 +105,12 @@ def measure(reader: Reader, cases: list[Case], random_clicks: int) -> dict[str, 
             "leak": share(subject, other),
             "coverage": share(negative, other),
             "damage": share(negative, case.truth),
+            "more_clicks": iou(more, case.truth),
             "seconds": seconds,
         }
         inside = np.argwhere(case.truth)
         clicks = [*case.extra, *((float(c), float(r)) for r, c in rng.permutation(inside)[:random_clicks])]
-        found = [iou(reader(case, c)[0], case.truth) for c in clicks] if random_clicks else []
+        found = [iou(reader(case, [c])[0], case.truth) for c in clicks] if random_clicks else []
         for name in (case.group, "all"):
             rows.setdefault(name, []).append(row)
             wandering.setdefault(name, []).extend(found)
@@ -218,7 +135,7 @@ def walk(image, coarse, other, seeds, patch, band) -> np.ndarray:
     labels[rim & (labels != 0)] = -1
     lab = rgb2lab(image) / 40
     walked = random_walker(lab, labels, beta=1000, mode="cg_j", tol=1e-2, channel_axis=-1) == 1
-    return with_seeds(walked | (inside > reach), seeds)
+    return holding(walked | (inside > reach), inside > reach)
 
 
 ABLATIONS: dict[str, dict] = {
@@ -247,7 +164,7 @@ ABLATIONS: dict[str, dict] = {
 }
 
 
-def ablate(tower: VisionTower, cases: list[Case]) -> list[dict]:
+def ablate(tower: VisionTower, group: list[Case]) -> list[dict]:
     rows, grabcut = [], segment.refine
     for name, options in ABLATIONS.items():
         options = dict(options)
@@ -255,7 +172,7 @@ def ablate(tower: VisionTower, cases: list[Case]) -> list[dict]:
         layers, side = tower.layers, tower.side
         tower.layers = options.pop("layers", layers)
         tower.side = round(side * options.pop("side", 1.0))
-        rows.append({"setting": name, **measure(Reader(tower, replace(MaskConfig(), **options)), cases, 0)["all"]})
+        rows.append({"setting": name, **measure(Reader(tower, replace(MaskConfig(), **options)), group, 0)["all"]})
         tower.layers, tower.side, segment.refine = layers, side, grabcut
         print(last_line(rows), flush=True)
     return rows
@@ -270,7 +187,7 @@ def sheet(tower: VisionTower, path: Path) -> None:
         photo = np.asarray(Image.open(folder / "00.jpg").convert("RGB"))
         height, width = photo.shape[:2]
         case = Case("", photo, np.zeros((height, width), bool), [], (width / 2, height * 0.55), [])
-        subject, negative = Reader(tower, MaskConfig())(case)
+        subject, negative = Reader(tower, MaskConfig())(case, [case.positive])
         shown = pictures.overlay(Image.fromarray(photo), subject, negative, [case.positive], [])
         tiles.append((folder.name, shown))
     rows = [("", tiles[i : i + 6]) for i in range(0, len(tiles), 6)]
@@ -282,6 +199,7 @@ def main() -> None:
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--clicks", type=int, default=20, help="random clicks for each subject")
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
     family = load("world")
@@ -289,17 +207,12 @@ def main() -> None:
     if args.sheet:
         return sheet(photo_tower, args.sheet)
     if args.ablate:
-        rows = ablate(photo_tower, list(selective_dev()))
+        rows = ablate(photo_tower, list(cases.selective_dev()))
     else:
-        sets: dict[str, tuple[VisionTower, Callable[[], Iterator[Case]]]] = {
-            "selective_dev": (photo_tower, selective_dev),
-            "cut": (photo_tower, cut_by_the_frame),
-            "touching": (photo_tower, touching),
-            "world": (family.vision, world),
-        }
         found = {}
-        for name, (tower, cases) in sets.items():
-            groups = measure(Reader(tower, MaskConfig()), list(cases()), args.clicks if name == "selective_dev" else 0)
+        for name in args.sets:
+            tower = family.vision if name == "world" else photo_tower
+            groups = measure(Reader(tower, MaskConfig()), list(SETS[name]()), args.clicks)
             found[name] = groups.pop("all") | {"groups": groups}
         if args.json:
             return print(json.dumps(found))

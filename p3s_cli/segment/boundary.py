@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
-from p3s_cli.segment.prototypes import with_seeds
+from p3s_cli.segment.prototypes import holding
 
 _ROUNDS = 3  # of GrabCut
 _CONTEXT = 3  # patches of background around the band that its colour model learns from
@@ -26,7 +26,8 @@ def refine(
 
     image (H, W, 3) uint8 RGB; coarse, other (H, W) bool, `other` being sure not to belong to it; seeds
     (row, column) pixels that surely do; `patch` in pixels, `band` in patches: how far from the coarse
-    outline the edge may lie. Returns (H, W) bool: components with a seed, small holes closed.
+    outline the edge may lie. Returns (H, W) bool: components with a seed or a part surely inside, small
+    holes closed.
     """
     inside, outside = ndimage.distance_transform_edt(coarse), ndimage.distance_transform_edt(~coarse)
     reach = band * patch
@@ -47,7 +48,8 @@ def refine(
     cv2.grabCut(np.ascontiguousarray(image[window][..., ::-1]), cut, None, *models, _ROUNDS, cv2.GC_INIT_WITH_MASK)
     refined = np.zeros_like(coarse)
     refined[window] = (cut == cv2.GC_FGD) | (cut == cv2.GC_PR_FGD)
-    return _without_pinholes(with_seeds(refined, seeds), (0.5 * patch) ** 2)
+    sure = labels == cv2.GC_FGD  # not the click alone: on the outline it may be cut off from the rest
+    return _without_pinholes(holding(refined, sure), (0.5 * patch) ** 2)
 
 
 def _window(mask: np.ndarray, margin: int) -> tuple[slice, slice]:

@@ -1,9 +1,9 @@
 """Which patches are the subject, which the negative, which neither: three sets of prototypes compete.
 
-Patches near the clicks start the subject's and the negative's prototypes, patches on the frame the
-background's. A patch is an object where an object's prototype is nearer than any of the background's,
-and belongs to the nearer of the two objects. Components that hold no click are dropped, the prototypes
-taken anew from the masks just found, and all of it repeated.
+The clicks' regions (`walk.py`) start the subject's and the negative's prototypes, patches on the frame
+the background's. A patch is an object where an object's prototype is nearer than any of the background's,
+and belongs to the nearer of the two objects. Components apart from the clicks and their regions are
+dropped, the prototypes taken anew from the masks just found, and all of it repeated.
 
 The two objects are treated alike: swapping the points swaps the masks.
 """
@@ -21,6 +21,7 @@ from skimage.filters import threshold_otsu
 
 from p3s_cli.config import MaskConfig
 from p3s_cli.paper.points import Point, patch_of
+from p3s_cli.segment import walk
 
 _LEAST_BACKGROUND = 20  # patches; from fewer no background is learnt
 _FRAME_SHARE = 0.4  # of the frame: objects that take more of it are suspected to be the ground
@@ -50,27 +51,50 @@ def compete(
     sides = [sorted(positive), sorted(negative)]  # the order of clicks must not matter
     seeds = [[patch_of(p, features.shape[:2]) for p in points] for points in sides]
     counts = [config.prototypes * max(1, len(points)) for points in sides]
-    objects = [prototypes(around(features, s), k) for s, k in zip(seeds, counts, strict=True)]
+    like_frame = walk.frame_likeness(features)
+    regions = walk.regions(features, sides)
+    cores = [_core(region, s, like_frame) for region, s in zip(regions, seeds, strict=True)]
+    objects = [prototypes(features[core], k) for core, k in zip(cores, counts, strict=True)]
     likeness = np.maximum(*(nearest(features, o) for o in objects))
-    frame = _frame(likeness.shape)
+    frame = walk.frame_of(likeness.shape)
     found = None
     for limit in (np.median(likeness[frame]), np.quantile(likeness, 0.8)):
         background = features[frame & (likeness <= limit)]
         if found is None or len(background) >= _LEAST_BACKGROUND:
-            found = _contest(features, sides, seeds, counts, objects, background, config)
+            found = _contest(features, sides, cores, counts, objects, background, config)
         if (found.subject | found.negative)[frame].mean() <= _FRAME_SHARE:
             break
     return found
 
 
-def _contest(features, sides, seeds, counts, objects, background, config: MaskConfig) -> Competition:
+def _core(region: np.ndarray, seeds: Sequence[tuple[int, int]], like_frame: np.ndarray) -> np.ndarray:
+    """The half of a region least like the frame, for a click on the outline brings some background with it.
+
+    The half is taken among the patches nearest to each seed, so that each has its say. Where there is no
+    region, the 3 x 3 patches around each seed are one. (H_p, W_p) bool.
+    """
+    rows, columns = np.mgrid[: region.shape[0], : region.shape[1]]
+    away = [(rows - r) ** 2 + (columns - c) ** 2 for r, c in seeds]
+    if not seeds:
+        return region
+    if not region.any():
+        region = np.min(away, 0) <= 2
+    core, nearest_seed = np.zeros_like(region), np.argmin(away, 0)
+    for i in np.unique(nearest_seed[region]):
+        part = region & (nearest_seed == i)
+        core |= part & (like_frame <= np.median(like_frame[part]))
+    return core
+
+
+def _contest(features, sides, cores, counts, objects, background, config: MaskConfig) -> Competition:
     """Rounds of judging and learning anew, from a first set of object prototypes and background patches."""
     background = prototypes(background, config.background_prototypes)
     for _ in range(config.rounds):
         found = _judge(features, sides, objects, background, config)
-        masks = _tied(found, seeds)
+        masks = _tied(found, sides, cores)
         objects = [prototypes(features[m], k) if m.any() else o for m, k, o in zip(masks, counts, objects, strict=True)]
-        rest = features[found.objectness <= 0]
+        # what lies next to an object is half object: learnt as background, it would eat the object from its rim
+        rest = features[(found.objectness <= 0) & ~ndimage.binary_dilation(masks[0] | masks[1])]
         if len(rest) >= _LEAST_BACKGROUND:
             background = prototypes(rest, config.background_prototypes)
     return Competition(*masks, found.objectness, found.ownership)
@@ -81,17 +105,12 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-8)
 
 
-def around(features: np.ndarray, seeds: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The 3 x 3 patches around each seed, (K, D); (0, D) without seeds."""
-    pieces = [features[max(0, r - 1) : r + 2, max(0, c - 1) : c + 2].reshape(-1, features.shape[-1]) for r, c in seeds]
-    return np.concatenate(pieces) if pieces else np.zeros((0, features.shape[-1]))
-
-
 def prototypes(vectors: np.ndarray, count: int) -> np.ndarray:
     """Centres of k-means over unit vectors (N, D) -> at most (count, D), unit again; all of them if they are few."""
-    distinct = np.unique(vectors.round(6), axis=0)
-    if len(distinct) <= count:
-        return unit(distinct)
+    if len(np.unique((vectors @ np.linspace(1, 2, vectors.shape[-1])).round(6))) <= count:  # cheaper than by rows
+        distinct = np.unique(vectors.round(6), axis=0)
+        if len(distinct) <= count:
+            return unit(distinct)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # an empty cluster is no fault here: it is left out
         centres, labels = kmeans2(vectors.astype(np.float64), count, iter=12, minit="++", seed=0)
@@ -103,13 +122,6 @@ def nearest(features: np.ndarray, prototype_set: np.ndarray) -> np.ndarray:
     if not len(prototype_set):
         return np.full(features.shape[:2], -1.0)
     return (features @ prototype_set.T).max(-1)
-
-
-def _frame(grid: tuple[int, int]) -> np.ndarray:
-    """(H_p, W_p) bool, True on the outermost patches."""
-    frame = np.ones(grid, dtype=bool)
-    frame[1:-1, 1:-1] = False
-    return frame
 
 
 def _judge(features, sides, objects, background, config: MaskConfig) -> Competition:
@@ -135,18 +147,19 @@ def _distance(points: Sequence[Point], grid: tuple[int, int]) -> np.ndarray:
     return np.minimum.reduce([np.hypot(columns - x * grid[1], rows - y * grid[0]) for x, y in points])
 
 
-def _tied(found: Competition, seeds: list[list[tuple[int, int]]]) -> list[np.ndarray]:
-    """Both masks with their own clicks inside, the other's outside, and only the components that hold one."""
-    masks = [found.subject.copy(), found.negative.copy()]
-    for mask, own, other in ((masks[0], *seeds), (masks[1], *seeds[::-1])):
+def _tied(found: Competition, sides: Sequence[Sequence[Point]], cores: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Both masks with their own clicks inside, the other's outside, and only what a click or its region holds on to."""
+    masks, anchors = [found.subject.copy(), found.negative.copy()], [core.copy() for core in cores]
+    seeds = [[patch_of(p, found.subject.shape) for p in points] for points in sides]
+    for mask, anchor, own, other in ((masks[0], anchors[0], *seeds), (masks[1], anchors[1], *seeds[::-1])):
         for seed in other:
             mask[seed] = False
         for seed in own:
-            mask[seed] = True
-    return [with_seeds(m, s) for m, s in zip(masks, seeds, strict=True)]
+            mask[seed] = anchor[seed] = True
+    return [holding(m, a) for m, a in zip(masks, anchors, strict=True)]
 
 
-def with_seeds(mask: np.ndarray, seeds: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Only the connected components that hold a seed (row, column)."""
+def holding(mask: np.ndarray, anchors: np.ndarray) -> np.ndarray:
+    """Only the connected components of a mask that hold a pixel of another; both (H, W) bool."""
     labels, _ = ndimage.label(mask)
-    return np.isin(labels, [labels[s] for s in seeds if labels[s]])
+    return np.isin(labels, np.unique(labels[anchors & mask]))
