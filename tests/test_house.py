@@ -56,7 +56,7 @@ def test_imports_go_one_way():
 
 def test_the_library_never_prints():
     for path in ROOT.rglob("*.py"):
-        if path.name != "cli.py" and "recipe" not in path.parts:
+        if "cli" not in path.parts and "recipe" not in path.parts:
             calls = [
                 n
                 for n in ast.walk(ast.parse(path.read_text()))

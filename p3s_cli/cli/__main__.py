@@ -1,0 +1,3 @@
+from p3s_cli.cli import run
+
+run()

@@ -1,0 +1,70 @@
+"""`p3s eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from p3s_cli.cli.app import app
+from p3s_cli.cli.shared import Device, Dtype, Json, OtherModel, Seed, run_stage
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A subject directory; with --bench dreambench its folder, with --bench world where to work."
+        ),
+    ] = None,
+    bench: Annotated[str | None, typer.Option(help="world or dreambench, instead of one subject.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Who takes part, p3s alone if left out; `all` for everyone. Repeatable.")
+    ] = None,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="World: the paper's ablations and our own readings.")
+    ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Rows of --ablate to make; all if left out. Repeatable.")
+    ] = None,
+    equal_time: Annotated[
+        bool, typer.Option("--equal-time", help="World: rivals also with P3S's own wall-clock for tuning.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="World: a fixed subset, for ablations.")] = False,
+    strength: Annotated[
+        list[float] | None, typer.Option(help="World: draw at this strength, too, for the trade-off plot. Repeatable.")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="dreambooth, p3s, kosmos-g or world; default the family's.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw of a subject, with [V]; default the family's. Repeatable.")
+    ] = None,
+    subject: Annotated[list[str] | None, typer.Option(help="DreamBench: this subject only. Repeatable.")] = None,
+    shard: Annotated[str | None, typer.Option(help="DreamBench: i/n, every n-th subject from the i-th on.")] = None,
+    points: Annotated[Path | None, typer.Option(help="DreamBench: JSON file of clicks by subject.")] = None,
+    check: Annotated[
+        bool, typer.Option("--self-check", help="DreamBench: real photos against real photos, nothing is drawn.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where a benchmark works.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Images of each prompt.")] = 4,
+    seed: Seed = 0,
+    model: OtherModel = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score a subject or a benchmark: table, rows, and a page with the pictures. Goes on where it stopped."""
+    from p3s_cli import benches
+
+    chosen = dict(target=target, bench=bench, names=method, output=output, model=model, n=n, seed=seed)
+    chosen |= dict(ablate=ablate, only=only, equal_time=equal_time, quick=quick, strengths=strength)
+    chosen |= dict(subjects=subject, shard=shard, points=points, check=check)
+    chosen |= dict(protocol=protocol, prompts=prompt, device=device, dtype=dtype)
+    run_stage(benches.evaluate, as_json, _show_scores, **chosen)
+
+
+def _show_scores(result: Any) -> list[str]:
+    return [*result.table, f"rows in {result.scores}", f"look at {result.report}"]

@@ -1,0 +1,62 @@
+"""Options that several commands have, and the one way a command calls the library."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from p3s_cli.errors import P3SError
+
+Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 on CUDA.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**53, help="Seed of everything random in this stage.")]
+Memory = Annotated[str, typer.Option(help="Memory profile: auto, 24, 16, 12 or 8 (GB).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing has changed.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="The same bits every time on CUDA too; slower.")]
+SubjectDir = Annotated[Path, typer.Argument(help="Subject directory made by `p3s mask`.")]
+OtherVision = Annotated[str | None, typer.Option(help="Another CLIP pair than the family's: a folder or a hub id.")]
+OtherModel = Annotated[str | None, typer.Option(help="Another base than the one the subject names.")]
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr: what is being done, how far it is, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+
+
+def run_stage(stage: Callable[..., Any], as_json: bool, show: Callable[[Any], list[str]], **arguments: Any) -> None:
+    """Call a library function with a progress bar; print its result, or one sentence and an exit code."""
+    try:
+        with _progress() as on_progress:
+            result = stage(**arguments, on_progress=on_progress)
+    except P3SError as error:
+        print(f"p3s: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except OSError as error:
+        print(f"p3s: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps(_plain(result), default=str))
+    else:
+        print("\n".join(show(result)))
+
+
+def _plain(result: Any) -> Any:
+    if isinstance(result, list):
+        return [_plain(r) for r in result]
+    return asdict(result) if is_dataclass(result) else result
