@@ -125,7 +125,11 @@ def test_a_subject_tuned_by_a_rival_is_drawn_by_it(home, pair, method):
     assert tuned["method"] == method and tuned["steps"] == 2
     tensors, metadata = load_tensors(home / tuned["control"])
     recorded = json.loads((home / "two/subject.json").read_text())["finetune"]["settings"]
-    assert {k: metadata[k] for k in recorded} == recorded and recorded["method"] == method and recorded["config"]["steps"] == 2
+    assert (
+        {k: metadata[k] for k in recorded} == recorded
+        and recorded["method"] == method
+        and recorded["config"]["steps"] == 2
+    )
     assert sum(t.numel() for t in tensors.values()) < 200_000  # what was trained, and no U-Net
     assert json.loads(p3s("finetune", "two", "--method", method, "--steps", 2, "--json").stdout)["unchanged"]
     made = json.loads(p3s("generate", "two", "a [V] pet on beach", "-n", 1, "--steps", 2, "--json").stdout)
