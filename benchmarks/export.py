@@ -2,7 +2,7 @@
 
 python benchmarks/export.py FOLDER [--subjects 4] [--steps 300] [--images 4] [--sampling-steps 50] [--ranks 4 8 16 48]
 
-Identity: mean cosine, in the family's CLIP space, of the images with true renders of the chosen subject. `SD v1-5`:
+Identity: mean cosine, by the family's identity encoder, of the images with true renders of the chosen subject. `SD v1-5`:
 the size of a control of this rank at the exact shape of SD v1-5. The widths of `world` are a tenth of SD v1-5's,
 so that a rank here keeps a larger part of a matrix than it does there.
 """
@@ -19,13 +19,13 @@ from diffusers import UNet2DConditionModel
 
 from p3s_cli import stages
 from p3s_cli.config import ControlConfig
-from p3s_cli.demo import click, true_vectors
+from p3s_cli.demo import identity_encoder, true_pictures
 from p3s_cli.methods import lowrank
 from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.single_file import CONFIGS
-from p3s_cli.world.render import render
+from p3s_cli.world.render import click, render
 from p3s_cli.world.scenes import lookalike_scene
 
 PROMPT = "a [V] {} on the beach"
@@ -47,12 +47,12 @@ def subject(folder: Path, seed: int, steps: int, family: Family) -> tuple[Path, 
     points = [click(masks[0, 0])], [click(masks[0, 1])]
     stages.mask(photo, *points, root, chosen.instance.category, family=family)
     stages.finetune(root, steps=steps, family=family)
-    return root, chosen.instance.category, true_vectors(family, chosen, seed)
+    return root, chosen.instance.category, identity_encoder(family).images(true_pictures(chosen, seed))
 
 
 def identity(root: Path, word: str, truth: torch.Tensor, arguments: argparse.Namespace, family: Family) -> float:
     made = stages.generate(root, PROMPT.format(word), n=arguments.images, steps=arguments.sampling_steps, family=family)
-    vectors = family.vision.embed(torch.stack([images.to_tensor(images.load_image(p)) for p in made.images]))
+    vectors = identity_encoder(family).images([images.load_image(p) for p in made.images])
     return (vectors @ truth.T).mean().item()
 
 

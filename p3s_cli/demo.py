@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from PIL import Image
 from torch import Tensor
 
 from p3s_cli import pictures, stages
 from p3s_cli.evals.metrics import intersection_over_union, nearer
+from p3s_cli.evals.models import MetricModel
+from p3s_cli.evals.protocols import protocol
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.weights import load_tensors
@@ -34,7 +36,7 @@ def demo(
     """Draw two look-alikes, point at one, tune, generate eight images over four prompts, and judge them.
 
     Returns `{"seconds": ..., "mask_iou": ..., "selective": {"right", "of"}, "sheet"}`; `selective` counts
-    the images whose CLIP vector is nearer to true renders of the chosen subject than of the other.
+    the images that the family's identity encoder finds nearer to true pictures of the chosen subject than of the other.
     """
     report, root = on_progress or (lambda what, done, total: None), Path(directory)
     scene = lookalike_scene(_SCENE + seed)
@@ -64,8 +66,9 @@ def demo(
     iou = {
         n: intersection_over_union(tensors[n].bool(), true_masks[0, i]) for i, n in enumerate(("subject", "negative"))
     }
-    results = torch.stack([images.to_tensor(images.load_image(p)) for r in made for p in r.images])
-    right = nearer(family.vision.embed(results), *(true_vectors(family, placed, seed) for placed in (chosen, other)))
+    encoder = identity_encoder(family)
+    results = encoder.images([images.load_image(p) for r in made for p in r.images])
+    right = nearer(results, *(encoder.images(true_pictures(placed, seed)) for placed in (chosen, other)))
     sheet = root / "sheet.png"
     _contact_sheet(sheet, photo, masked, made, right, scene)
     return {
@@ -86,10 +89,16 @@ class _Clock:
         self.seconds[stage], self._since = round(now - self._since, 1), now
 
 
-def true_vectors(family: Family, placed: Placed, seed: int) -> Tensor:
-    """CLIP vectors (K, P) of the same individual, truly drawn in other scenes and poses."""
+def identity_encoder(family: Family) -> MetricModel:
+    """What tells individuals apart in the drawn world."""
+    where, preprocessing = protocol("world").models["identity"]
+    return MetricModel(f"{family.folder}/{where}", preprocessing, family.device)
+
+
+def true_pictures(placed: Placed, seed: int) -> list[Image.Image]:
+    """The same individual, truly drawn in other scenes and poses."""
     scenes: list[Scene] = [solo(placed.instance, 30_000_000 + 1000 * seed + k) for k in range(_VIEWS)]
-    return family.vision.embed(render(scenes)[0])
+    return [images.to_pil(picture) for picture in render(scenes)[0]]
 
 
 def _contact_sheet(path: Path, photo: Path, masked: stages.MaskResult, made: list, right: Tensor, scene: Scene) -> None:
