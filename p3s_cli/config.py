@@ -20,6 +20,7 @@ Similarity = Literal["raw", "rescaled"]
 Injection = Literal["literal", "gated"]
 AttentionReading = Literal["printed", "sum", "relative", "off"]
 Optimizer = Literal["adamw", "adamw8"]
+Timesteps = Literal["uniform", "cubic"]
 Schedule = Literal["quadratic", "fixed", "increasing", "decreasing", "off"]
 
 
@@ -54,11 +55,16 @@ class ControlConfig:
     attention_loss: AttentionReading = "sum"  # reading of eq. 11-12
     attention_layers: Literal["last", "all"] = "last"  # Table IV
     attention_gradient: Literal["copy", "both"] = "copy"  # whether eq. 11 also moves the frozen U-Net's map
+    learned_word: bool = True  # an offset learnt at the identifier's text states; the paper has none
+    word_lr_scale: float = 20.0  # its learning rate, relative to the rest
+    timesteps: Timesteps = "cubic"  # cubic: more of the noisy steps, where shape and colour are decided
     drop_text: float = 0.3  # 0.1 in Sec. IV-A; text and injection are dropped independently
     drop_injection: float = 0.1
     augment: Literal["none", "joint", "independent"] = "none"  # geometry of reference and target
+    reference_view: Literal["photo", "close"] = "close"  # as much as fits, or the subject as large as in a portrait
     reference_background: Literal["keep", "remove"] = "remove"
     background_weight: float = 0.0  # of L_LDM outside the subject's mask; 1 is eq. 14 as printed
+    preserve: float = 0.3  # of the distance to the frozen U-Net's own prediction outside the mask; the paper has none
     # put behind the training prompts, so that a prompt with a place is nothing new to the control
     contexts: tuple[str, ...] = ("", "in the city", "with a mountain in the background", "on a wooden floor")
 
@@ -122,15 +128,23 @@ class GenerateConfig:
     strength: float = 1.0  # multiplies eps_t
     negative_prompt: str = ""  # what stands in for the empty text
     references: int = 1  # of each subject, side by side
+    reuse: int = 1  # steps for which the copy's features are used once they are made
     size: tuple[int, int] | None = None  # height and width in pixels; None is the family's square
 
+
+# steps, scheduler and reuse where nothing else is asked for, and with --fast (benchmarks/results/speed.md)
+PACES = {False: (50, "ddim", 1), True: (20, "dpm++", 2)}
 
 PAPER_CONTROL = ControlConfig(
     injection="literal",
     attention_loss="printed",
     attention_gradient="both",
+    learned_word=False,
+    timesteps="uniform",
     augment="none",
+    reference_view="photo",
     reference_background="keep",
+    preserve=0.0,
     background_weight=1.0,
     contexts=("",),
     drop_text=0.1,
@@ -156,6 +170,10 @@ def with_schedule(config: GenerateConfig, kind: str) -> GenerateConfig:
     return replace(config, schedule=replace(config.schedule, kind=kind))
 
 
+# what a control was made with that does not say so, as these settings came later
+_UNSAID = {"rngr": True, "learned_word": False, "timesteps": "uniform", "reference_view": "photo", "preserve": 0.0}
+
+
 def read_control(tuned: Any) -> ControlConfig:
     """The control's part of finetune settings out of an artifact. Raises InputError for what no p3s wrote."""
     names = {f.name for f in fields(ControlConfig)}
@@ -166,7 +184,7 @@ def read_control(tuned: Any) -> ControlConfig:
             or tuned["control"].keys() - names
         ):
             raise ValueError("other settings than a control has")
-        return TypeAdapter(ControlConfig).validate_python(tuned["control"])
+        return TypeAdapter(ControlConfig).validate_python(_UNSAID | tuned["control"])
     except ValueError as error:
         raise InputError(
             "the settings of the control cannot be read; tune the subject again with p3s finetune"

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from p3s_cli import config as settings
 from p3s_cli.errors import InputError
-from p3s_cli.methods.p3s import P3S, Part
+from p3s_cli.methods.binding import Part
+from p3s_cli.methods.p3s import P3S
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.sample import Eps

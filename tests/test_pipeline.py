@@ -6,7 +6,8 @@ import torch
 from p3s_cli import P3SPipeline, stages
 from p3s_cli.config import ControlConfig, GenerateConfig
 from p3s_cli.errors import InputError
-from p3s_cli.methods.p3s import P3S, Part
+from p3s_cli.methods.binding import Part
+from p3s_cli.methods.p3s import P3S
 from p3s_cli.sd import images
 from p3s_cli.sd.sample import build_scheduler, initial_noise, sample
 from p3s_cli.sd.weights import load_tensors

@@ -29,7 +29,10 @@ def generate(
     seed: Annotated[
         int, typer.Option(min=0, max=2**53, help="Seed of the first image; the others count up from it.")
     ] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default 50, with --fast 20.")] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="20 steps of a multistep solver, the copy running at every other one.")
+    ] = False,
     guidance: Annotated[
         float | None, typer.Option(help="Strength of the text; default the family's (7.5 for sd15).")
     ] = None,
@@ -37,9 +40,9 @@ def generate(
         float, typer.Option(help="Strength of the subject; equal to --guidance injects in the conditional half only.")
     ] = 1.0,
     scheduler: Annotated[
-        str,
-        typer.Option(help="ddim, ddpm, dpm++, dpm++_karras, unipc, euler, euler_a, ... or a scheduler of diffusers."),
-    ] = "ddim",
+        str | None,
+        typer.Option(help="ddim (default), ddpm, dpm++ (with --fast), unipc, euler, ... or a scheduler of diffusers."),
+    ] = None,
     schedule: Annotated[
         str, typer.Option(help="P3S: weight over time, quadratic, fixed, increasing, decreasing or off.")
     ] = "quadratic",
@@ -88,6 +91,7 @@ def generate(
         n=n,
         seed=seed,
         steps=steps,
+        fast=fast,
         guidance=guidance,
         subject_guidance=subject_guidance,
         scheduler=scheduler,

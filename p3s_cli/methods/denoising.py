@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from p3s_cli.config import Timesteps
 from p3s_cli.paper.losses import denoising_loss
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.sample import Eps
@@ -22,9 +23,18 @@ def noise_schedule(family: Family) -> Tensor:
     return DDPMScheduler.from_config(family.scheduler_config).alphas_cumprod.to(family.device)
 
 
-def diffuse(x0: Tensor, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise at random t. x0 (B, 4, h, w) -> x_t, t (B,), noise."""
-    t = torch.randint(len(schedule), (len(x0),), generator=generator).to(x0.device)
+def diffuse(
+    x0: Tensor, schedule: Tensor, generator: torch.Generator, timesteps: Timesteps = "uniform"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise at random t. x0 (B, 4, h, w) -> x_t, t (B,), noise.
+
+    `cubic` draws t = T (1 - u^3), so that noisy steps come most often.
+    """
+    steps, n = len(schedule), len(x0)
+    if timesteps == "cubic":
+        t = (steps * (1 - torch.rand(n, generator=generator) ** 3)).long().clamp(max=steps - 1).to(x0.device)
+    else:
+        t = torch.randint(steps, (n,), generator=generator).to(x0.device)
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
     alpha = schedule[t].view(-1, 1, 1, 1)
     return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, t, noise

@@ -45,9 +45,18 @@ class P3SControl(nn.Module):
         widths = {n: unet.get_submodule(n).to_q.in_features for n in self.speaks_to}
         self.zero_self = _zero_convolutions({n: widths[n] for n in self.self_layers})
         self.zero_cross = _zero_convolutions({n: widths[n] for n in self.cross_layers})
+        self.word = nn.Parameter(torch.zeros(unet.config.cross_attention_dim)) if config.learned_word else None
         gated = self.self_layers if config.injection == "gated" else []
         self.gates = nn.ParameterDict({_key(n): torch.full((), config.gate_start) for n in gated})
         self.map_layers = self.cross_layers if config.attention_layers == "all" else self.cross_layers[-1:]
+
+    def say(self, states: Tensor, where: Tensor) -> Tensor:
+        """Text states (B, 77, D) with the learned word added where the identifier stands, `where` (B, 77) bool.
+
+        Not in the paper. Without it an identifier says nothing, and guidance pulls the subject towards
+        what the base makes of its class.
+        """
+        return states if self.word is None else states + where[..., None] * self.word.to(states.dtype)
 
     def inject(
         self,

@@ -70,3 +70,21 @@ def states(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Seque
 def encode(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
     """Text states (B, 77, D)."""
     return states(tokenizer, text_encoder, prompts)
+
+
+def positions(tokenizer: CLIPTokenizer, prompts: Sequence[str], identifier: str, class_word: str) -> Tensor:
+    """Where the identifier's tokens stand in each prompt as `encode` pads it, (B, 77) bool.
+
+    Before its own class word if the prompt says so, for two subjects may share an identifier; else everywhere.
+    """
+    own, phrase = (tokenizer(words).input_ids[1:-1] for words in (identifier, f"{identifier} {class_word}"))
+    where = torch.zeros(len(prompts), tokenizer.model_max_length, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
+        for first in _starts(ids, phrase) or _starts(ids, own):
+            where[row, first : first + len(own)] = True
+    return where
+
+
+def _starts(ids: list[int], wanted: list[int]) -> list[int]:
+    return [i for i in range(len(ids) - len(wanted) + 1) if ids[i : i + len(wanted)] == wanted]

@@ -1,0 +1,81 @@
+"""Tuned P3S subjects on the device, ready to be injected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from p3s_cli.config import ControlConfig, GenerateConfig
+from p3s_cli.errors import InputError
+from p3s_cli.methods.conditioning import Condition, condition, reference_view
+from p3s_cli.methods.photos import read_photos
+from p3s_cli.paper.injection import Injection
+from p3s_cli.paper.model import P3SControl
+from p3s_cli.sd.family import Family
+from p3s_cli.sd.weights import check_layout, layout_of
+from p3s_cli.subject import Subject
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tuned subject's part in an image: its control's tensors and settings, and how strongly it is injected."""
+
+    subject: Subject
+    tensors: Mapping[str, Tensor]
+    config: ControlConfig
+    strength: float = 1.0
+
+
+@dataclass
+class Bound:
+    """A subject's control on the device, and what its copy sees of each reference used, one at a time.
+
+    The copy runs at every `reuse`-th step of a trajectory; in between its features are used again.
+    """
+
+    control: P3SControl
+    seen: list[Condition]
+    strength: float
+    words: tuple[str, str]  # identifier and class word
+    reuse: int = 1
+    _kept: list[Injection] = field(default_factory=list)
+    _age: int = 0
+    _last: float = -1.0
+
+    @classmethod
+    def build(cls, family: Family, part: Part, sampling: GenerateConfig) -> Bound:
+        """Raises InputError if the control was trained on another shape of base."""
+        control = P3SControl(family.unet, family.vision.width, part.config)
+        try:
+            check_layout(layout_of(part.tensors), layout_of(control.state_dict()))
+        except ValueError as error:
+            raise InputError(
+                f"the control of {part.subject.root} does not fit this base ({error}); tune it again"
+            ) from error
+        control.load_state_dict(part.tensors)
+        control.to(family.device, family.dtype).eval().requires_grad_(False)
+        photos = read_photos(part.subject)[: sampling.references]
+        seen = condition(
+            family, photos, [reference_view(p.mask, part.config) for p in photos], part.config, sampling.size
+        )
+        seen = Condition(seen.latent.to(family.dtype), seen.vision.to(family.dtype))
+        manifest = part.subject.manifest
+        words = manifest.identifier, manifest.class_word
+        return cls(control, [seen[i : i + 1] for i in range(len(photos))], part.strength, words, sampling.reuse)
+
+    def injections(self, x_t: Tensor, t: Tensor, states: Tensor, weight: float) -> list[Injection]:
+        """P3S eq. 6 for each reference; together they take the place of one."""
+        weights = torch.full((len(x_t),), weight * self.strength, device=x_t.device)
+        begins = float(t[0]) > self._last  # time runs downwards, so this is another trajectory
+        if begins or self._age % self.reuse == 0 or len(self._kept[0].weight) != len(x_t):
+            self._kept, self._age = [self._inject(x_t, t, states, weights, seen) for seen in self.seen], 0
+        self._age, self._last = self._age + 1, float(t[0])
+        return [replace(kept, weight=weights) for kept in self._kept]
+
+    def _inject(self, x_t: Tensor, t: Tensor, states: Tensor, weights: Tensor, seen: Condition) -> Injection:
+        given = seen.repeat(len(x_t))
+        injection, _ = self.control.inject(x_t, t, states, given.latent, given.vision, weights)
+        return replace(injection, share=1 / len(self.seen))
