@@ -31,7 +31,7 @@ class MaskConfig:
     recipe: Literal["prototypes", "paper"] = "prototypes"  # `segment/`, or eq. 1-2 as printed
     similarity: Similarity = "raw"  # eq. 1-2: the cosines as they are, or each map stretched to [0, 1]
     sigma: float = 1.0  # eq. 2: width of the Gaussian, in patches
-    prototypes: int = 4  # for each click
+    prototypes: int = 4  # for each side, however many clicks it has
     background_prototypes: int = 10
     rounds: int = 3  # of competition
     likeness: float = 1.0  # weight of being like an object, against being unlike the background

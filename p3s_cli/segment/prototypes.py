@@ -50,7 +50,7 @@ def compete(
     features = unit(features)
     sides = [sorted(positive), sorted(negative)]  # the order of clicks must not matter
     seeds = [[patch_of(p, features.shape[:2]) for p in points] for points in sides]
-    counts = [config.prototypes * max(1, len(points)) for points in sides]
+    counts = [config.prototypes for _ in sides]
     like_frame = walk.frame_likeness(features)
     regions = walk.regions(features, sides)
     cores = [_core(region, s, like_frame) for region, s in zip(regions, seeds, strict=True)]
