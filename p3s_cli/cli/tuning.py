@@ -50,7 +50,8 @@ def finetune(
             if result.unchanged
             else f"tuned for {result.steps} steps (memory profile {result.memory}), last loss {result.loss:.4f}"
         )
-        return [f"{result.subject}: {state}", f'now: p3s generate {result.subject} "a [V] ... on the beach"']
+        warnings = [f"warning: {w}" for w in result.warnings]
+        return [*warnings, f"{result.subject}: {state}", f'now: p3s generate {result.subject} "a [V] ... on the beach"']
 
     run_stage(
         stages.finetune,

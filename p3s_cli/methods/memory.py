@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -19,11 +21,12 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from p3s_cli.config import MEMORY, ControlConfig, MemoryProfile
-from p3s_cli.errors import InputError
+from p3s_cli.errors import InputError, P3SError
 from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd import hub, single_file
 from p3s_cli.sd.profile import Profile
 
+R = TypeVar("R")
 GB = 1e9
 _ACTIVATIONS, _CHECKPOINTED = 1.43 * GB, 0.83 * GB
 _PASS, _DECODE = 0.2 * GB, 0.6 * GB  # sampling, a sample and pass; decoding, an image; bfloat16, estimated
@@ -108,6 +111,38 @@ def choose(name: str, profile: Profile, device: str, dtype: torch.dtype) -> tupl
         if needs[key] + _RUNTIME <= available and memory.gigabytes * 0.92 * GB <= available:
             return key, memory
     return key, memory
+
+
+def within(name: str, memory: MemoryProfile, work: Callable[[str, MemoryProfile], R]) -> tuple[R, str | None]:
+    """`work` under a profile and, where the device runs out of memory, once more under the next smaller one.
+
+    Returns what it returned, and a sentence on what happened, or None. Raises P3SError if the second try
+    runs out of memory too, or there is no smaller profile.
+    """
+    try:
+        return work(name, memory), None
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        less = next((key for key in MEMORY if MEMORY[key].gigabytes < memory.gigabytes), None)
+        if less is None:
+            raise P3SError(f"out of memory with profile {name}, which is the smallest; use another --device") from error
+    # outside the handler: while it lives, the exception holds on to the tensors of the first try
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        return work(less, MEMORY[less]), f"out of memory with profile {name}; went on with profile {less}"
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        raise P3SError(
+            f"out of memory with profile {name} and then with {less}; choose a smaller --memory or another --device"
+        ) from error
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class of its own for it; MPS and the CPU say it in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "can't allocate" in str(error)
 
 
 def _need(sizes: Sizes, memory: MemoryProfile, dtype: torch.dtype, batch: int) -> float:

@@ -17,7 +17,7 @@ from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
 from p3s_cli.methods.base import Generator
 from p3s_cli.methods.binding import Part
-from p3s_cli.methods.memory import choose
+from p3s_cli.methods.memory import choose, within
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.sd import a1111, controlnet, images, lora, safety, sample, text
 from p3s_cli.sd.determinism import exact
@@ -117,11 +117,18 @@ def generate(
     output = Output(subject, record, seeds, metadata)
     missing = [s for s in seeds if force or not output.made(s)]
     parameters = _parameters(family, words, sampling, joined)
-    profile = choose(memory, family.profile, family.device, family.dtype)[1] if missing else None
-    drawn = _sample(family, subject, joined, words, sampling, seeds, missing, profile, safety_checker, report)
-    with exact(deterministic):
-        for s, picture, verdict in drawn:
+
+    def draw(_: str, saving: settings.MemoryProfile) -> None:
+        left = [s for s in missing if not output.saved(s)]
+        for s, picture, verdict in _sample(
+            family, subject, joined, words, sampling, seeds, left, saving, safety_checker, report
+        ):
             output.save(s, images.to_pil(picture), verdict, parameters(s))
+
+    if missing:
+        with exact(deterministic):
+            _, trouble = within(*choose(memory, family.profile, family.device, family.dtype), draw)
+        warnings += [trouble] if trouble else []
     if missing or not output.grid.is_file():
         output.finish(f"{steps} steps, guidance {sampling.guidance:g}")
     verdicts = output.safety()
@@ -168,17 +175,15 @@ def _sample(
     sampling: settings.GenerateConfig,
     seeds: Sequence[int],
     missing: Sequence[int],
-    memory: settings.MemoryProfile | None,
+    memory: settings.MemoryProfile,
     safety_checker: bool,
     report: Progress,
 ) -> Iterator[tuple[int, Tensor, str]]:
-    """Yield (seed, image (3, H, W), safety) of the missing seeds as each batch is done; nothing is loaded if none is.
+    """Yield (seed, image (3, H, W), safety) of the missing seeds as each batch is done.
 
     Batches are cut from all seeds, because in a batch of another size a kernel may round otherwise. Raises
     P3SError in the end, naming the seeds, if images came out with numbers that are not finite.
     """
-    if not missing or memory is None:
-        return
     if safety_checker:
         safety.ready(family)
     height, width = sampling.size or (family.profile.image_size,) * 2

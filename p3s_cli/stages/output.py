@@ -34,6 +34,10 @@ class Output:
             return whole and known is None and recorded is not None
         return whole and known is not None and self._without_verdict(known) == self.record | {"seed": seed}
 
+    def saved(self, seed: int) -> bool:
+        """Whether this call has written the image of this seed."""
+        return seed in self._verdicts
+
     def save(self, seed: int, image: Image.Image, verdict: str, parameters: str) -> None:
         self._verdicts[seed] = verdict
         known = self.record | {"seed": seed, "safety": verdict} if self.metadata else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from p3s_cli import config as settings
 from p3s_cli import methods
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
-from p3s_cli.methods.memory import choose
+from p3s_cli.methods.memory import choose, within
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.train import Checkpoint
@@ -36,6 +36,7 @@ class FinetuneResult:
     unchanged: bool
     method: str
     memory: str  # the profile it was tuned with
+    warnings: tuple[str, ...]
 
 
 @one_writer
@@ -91,13 +92,17 @@ def finetune(
         report(f"tuning, loss {numbers.get('denoising', 0):.4f}", step, total)
 
     # the checkpoint's name is what the run depends on, so a run with other settings never resumes from it
-    checkpoint = Checkpoint(subject.path(f"{_CHECKPOINT}{digest(inputs, options, profile)[:16]}"))
-    with exact(deterministic):
-        tensors = teacher.fit(family, subject, config, on_step, checkpoint)
+    def fit(profile: str, saving: settings.MemoryProfile) -> tuple[str, dict[str, torch.Tensor]]:
+        checkpoint = Checkpoint(subject.path(f"{_CHECKPOINT}{digest(inputs, options, profile)[:16]}"))
+        with exact(deterministic):
+            return profile, teacher.fit(family, subject, replace(config, memory=saving), on_step, checkpoint)
+
+    (profile, tensors), trouble = within(profile, saving, fit)
     halves = {k: t.half() for k, t in tensors.items()}
     if not all(torch.isfinite(t).all() for t in halves.values()):
         raise P3SError("the tuned control holds numbers that are not finite and was not saved; lower --lr")
     result = {"loss": numbers.get("denoising", 0.0), "skipped": int(numbers.get("skipped", 0)), "memory": profile}
+    result["warnings"] = [trouble] if trouble else []
     with subject.changing() as folder:
         save_tensors(folder / CONTROL, halves, options)
         subject.manifest.finetune = Stage(
@@ -115,9 +120,8 @@ def _remove_checkpoints(subject: Subject) -> None:
 def _result(subject: Subject, steps: int, stage: Stage, unchanged: bool) -> FinetuneResult:
     made, control = stage.result, subject.path(CONTROL)
     method = stage.settings.get("method", "p3s")
-    return FinetuneResult(
-        subject.root, steps, made["loss"], made.get("skipped", 0), control, unchanged, method, made.get("memory", "24")
-    )
+    kept = made.get("skipped", 0), control, unchanged, method, made.get("memory", "24"), tuple(made.get("warnings", ()))
+    return FinetuneResult(subject.root, steps, made["loss"], *kept)
 
 
 def _check_base(family: Family) -> None:

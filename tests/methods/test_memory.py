@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from p3s_cli.config import MEMORY
-from p3s_cli.errors import InputError
+from p3s_cli.config import MEMORY, MemoryProfile
+from p3s_cli.errors import InputError, P3SError
 from p3s_cli.methods import memory
+from p3s_cli.methods.memory import within
 from p3s_cli.sd import profile
 
 
@@ -53,3 +54,39 @@ def test_a_small_family_gets_the_same_profile_on_every_machine(monkeypatch, worl
     assert memory.choose("12", world.profile, "cpu", torch.float32)[0] == "12"
     with pytest.raises(InputError, match="no memory profile is called '20'"):
         memory.choose("20", world.profile, "cpu", torch.float32)
+
+
+def test_out_of_memory_is_tried_once_more_with_the_next_smaller_profile_and_said():
+    tried = []
+
+    def work(name: str, memory: MemoryProfile) -> str:
+        tried.append(name)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    result, said = within("16", MEMORY["16"], work)
+    assert (result, tried) == ("done", ["16", "12"]) and "16" in said and "12" in said
+
+
+@pytest.mark.parametrize("words", ["MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_a_second_time_or_with_the_smallest_it_is_one_sentence(words):
+    def work(name: str, memory: MemoryProfile):
+        raise RuntimeError(words)
+
+    with pytest.raises(P3SError, match="24 and then with 16"):
+        within("24", MEMORY["24"], work)
+    with pytest.raises(P3SError, match="smallest"):
+        within("8", MEMORY["8"], work)
+
+
+def test_another_fault_is_not_taken_for_a_lack_of_memory():
+    calls = []
+
+    def work(name: str, memory: MemoryProfile):
+        calls.append(name)
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        within("24", MEMORY["24"], work)
+    assert calls == ["24"]
