@@ -149,9 +149,10 @@ def _control(parts: dict[str, Tensor], described: dict, family: Family) -> dict[
 
 def _shapes(tuned: dict, family: Family) -> dict[str, torch.Size]:
     """Of every tensor of a control with these settings on this base, without building one."""
+    frozen, width = family.unet, family.vision.width  # loaded before, as nothing can be loaded onto no device
     with torch.device("meta"):
-        unet = type(family.unet).from_config(family.unet.config)
-        control = P3SControl(unet, family.vision.width, settings.read_control(tuned["config"]))
+        unet = type(frozen).from_config(frozen.config)
+        control = P3SControl(unet, width, settings.read_control(tuned["config"]))
     return {name: parameter.shape for name, parameter in control.named_parameters()}
 
 
