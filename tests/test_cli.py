@@ -104,13 +104,15 @@ def test_a_manifest_from_elsewhere_is_refused(home):
 def test_python_functions_have_the_same_names_and_defaults_as_the_commands():
     import inspect
 
-    from p3s_cli import cli, stages
+    from p3s_cli import stages
+
+    commands = {command.callback.__name__: command.callback for command in app.registered_commands}
 
     renamed = {"photos": "photo", "pos": "positive", "neg": "negative"}
     commands_only = {"as_json", "pos", "neg", "points", "grid"}  # lists start empty; a file and a picture of their own
     for name in ("mask", "finetune", "generate"):
         ours = inspect.signature(getattr(stages, name)).parameters
-        for option, parameter in inspect.signature(getattr(cli, name)).parameters.items():
+        for option, parameter in inspect.signature(commands[name]).parameters.items():
             if option not in commands_only:
                 assert ours[renamed.get(option, option)].default == parameter.default, (name, option)
 
