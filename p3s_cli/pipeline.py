@@ -90,7 +90,9 @@ class P3SPipeline(StableDiffusionPipeline):
         with P3S().bind_many(family, [_part(s) for s in subjects], config) as generator:
             self.__dict__["unet"] = _Controlled(unet, generator.eps)
             try:
-                return super().__call__(words, *args, **kwargs)
+                # encoded here, for a subject's word is learnt and no tokenizer knows it
+                embeds = generator.encode(words).to(unet.dtype)
+                return super().__call__(None, *args, prompt_embeds=embeds, **kwargs)
             finally:
                 self.__dict__["unet"] = unet
 

@@ -146,6 +146,7 @@ def test_every_memory_profile_tunes_and_draws_and_leaves_the_family_as_it_was(tw
     """Checkpointing and offloading change no number; 8-bit moments and bfloat16 masters change them a little."""
     import shutil
 
+    from p3s_cli.config import ControlConfig
     from p3s_cli.sd.weights import load_tensors
 
     controls = {}
@@ -160,9 +161,11 @@ def test_every_memory_profile_tunes_and_draws_and_leaves_the_family_as_it_was(tw
         assert controls[name].keys() == start
         for k in start:
             apart = (controls[name][k] - controls["24"][k]).float().abs().max()
-            # in three steps of about lr = 5e-4 (a gate's: 5e-2) two runs part by no more than twice that, and
+            # in three steps of about the rate two runs part by no more than twice that, and
             # bfloat16 rounds the start and each step by at most one spacing, 2^-7 of the number itself
-            limit = 3 * 2 * (5e-2 if "gates" in k else 5e-4) + 4 * 2**-7 * controls["24"][k].float().abs().max()
+            faster = {"gates": ControlConfig().gate_lr_scale, "word": ControlConfig().word_lr_scale}
+            rate = world.profile.finetune["lr"] * faster.get(k.split(".")[0], 1.0)
+            limit = 3 * 2 * rate + 4 * 2**-7 * controls["24"][k].float().abs().max()
             assert apart <= limit, (name, k)
     drawn = stages.generate(tmp_path / "8", "a [V] cat", n=2, steps=1, memory="8", family=world)
     assert all(p.is_file() for p in drawn.images)

@@ -146,8 +146,8 @@ def test_a_subject_removed_in_mid_run_does_not_come_back_by_halves(subject, tiny
 def test_an_image_that_is_not_finite_fails_alone(tuned, tiny_family, monkeypatch):
     decode = images.decode
 
-    def broken(vae, latents):
-        decoded = decode(vae, latents)
+    def broken(vae, latents, together):
+        decoded = decode(vae, latents, together)
         decoded[1, 0, 0, 0] = torch.nan
         return decoded
 

@@ -43,7 +43,8 @@ def mask(
         str, typer.Option(help="What masks are read from: clip, dinov2, or a ViT's folder or hub id.")
     ] = "clip",
     inpainter: Annotated[
-        str | None, typer.Option(help="Another inpainting U-Net: a folder, a hub id or a .safetensors file.")
+        str | None,
+        typer.Option(help="Another inpainting U-Net: a folder, a hub id, a .safetensors file; or classical."),
     ] = None,
     preset: Annotated[str, typer.Option(help="default, or paper for the literal recipe.")] = "default",
     seed: Seed = 0,

@@ -100,15 +100,15 @@ class P3S:
             stack.enter_context(attention_seam(family.unet, "frozen"))
             for b in bound:
                 stack.enter_context(attention_seam(b.control.copy, "copy"))
-            yield Generator(lambda prompts: _encode(family, bound, prompts), eps)
+            yield Generator(lambda prompts: _encode(family, bound, prompts, sampling.strength), eps)
 
 
-def _encode(family: Family, bound: Sequence[Bound], prompts: list[str]) -> Tensor:
-    """Text states (B, 77, D), each subject's learned word at its own identifier."""
+def _encode(family: Family, bound: Sequence[Bound], prompts: list[str], strength: float) -> Tensor:
+    """Text states (B, 77, D), each subject's learned word, as strong as the subject, at its own identifier."""
     states = text.encode(family.tokenizer, family.text_encoder, prompts)
     for b in bound:
         where = text.positions(family.tokenizer, prompts, *b.words)
-        states = b.control.say(states, where.to(states.device))
+        states = b.control.say(states, where.to(states.device), strength * b.strength)
     return states
 
 

@@ -50,13 +50,13 @@ class P3SControl(nn.Module):
         self.gates = nn.ParameterDict({_key(n): torch.full((), config.gate_start) for n in gated})
         self.map_layers = self.cross_layers if config.attention_layers == "all" else self.cross_layers[-1:]
 
-    def say(self, states: Tensor, where: Tensor) -> Tensor:
+    def say(self, states: Tensor, where: Tensor, strength: float = 1.0) -> Tensor:
         """Text states (B, 77, D) with the learned word added where the identifier stands, `where` (B, 77) bool.
 
         Not in the paper. Without it an identifier says nothing, and guidance pulls the subject towards
         what the base makes of its class.
         """
-        return states if self.word is None else states + where[..., None] * self.word.to(states.dtype)
+        return states if self.word is None else states + strength * where[..., None] * self.word.to(states.dtype)
 
     def inject(
         self,

@@ -25,7 +25,7 @@ from p3s_cli.errors import InputError
 from p3s_cli.sd import hub, single_file
 from p3s_cli.sd import profile as profiles
 from p3s_cli.sd.hub import Part
-from p3s_cli.sd.profile import Profile
+from p3s_cli.sd.profile import CLASSICAL, Profile
 from p3s_cli.sd.vision import ClipPair, VisionTower
 
 _TOWERS = {"dinov2": "facebook/dinov2-small@ed25f3a31f01632728cabb09d1542f84ab7b0056"}
@@ -104,9 +104,12 @@ class Family:
     def inpaint_unet(self) -> UNet2DConditionModel | None:
         """The inpainting sibling's U-Net (9 channels), or the base's own (4), which diffusers' pipeline takes as well.
 
-        Raises InputError if an inpainter that was asked for by name is not at hand.
+        None where the family asks for the classical filler: a base that was never trained to inpaint, and
+        knows no picture without a subject, paints another subject. Raises InputError if an inpainter that was asked for by name is not at hand.
         """
         sibling = self.profile.inpainter
+        if sibling == CLASSICAL:
+            return None
         if sibling in (None, "."):
             return self.unet
         try:

@@ -21,6 +21,9 @@ _WORLD = _PACKAGE / "world" / "weights"
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 
+CLASSICAL = "classical"  # an inpainter that is none: the region takes the blend of its border
+
+
 @dataclass(frozen=True)
 class Profile:
     """What is particular to a family (`p3s.json`): sources, sizes in pixels, recommended settings."""
@@ -83,7 +86,7 @@ class Profile:
         vision_files = ("preprocessor_config.json", *words, *text_files)
         parts = [*own, Part("clip", clip, weights="model", also=vision_files)]
         sibling = self.inpainter
-        if sibling not in (None, ".") and Path(sibling).suffix != ".safetensors":
+        if sibling not in (None, ".", CLASSICAL) and Path(sibling).suffix != ".safetensors":
             # half precision is enough to fill a region with, and half the download
             parts.append(Part("inpainter", sibling, "unet", model, variants=("fp16", None), optional=True))
         if not self.single and hub.lists(base, "safety_checker"):
@@ -107,7 +110,8 @@ def find(model: str, vision: str | None = None, inpainter: str | None = None) ->
             raise InputError(f"no CLIP tower is called {vision!r}; name a folder or a hub id")
         profile = replace(profile, clip=vision, feature_layers=(), feature_side=0)
     if inpainter is not None:
-        _check_source(inpainter)
+        if inpainter != CLASSICAL:
+            _check_source(inpainter)
         profile = replace(profile, inpainter=inpainter)
     return profile
 

@@ -46,8 +46,8 @@ def test_a_diffusers_folder_brings_its_own_profile(world):
     assert family.fingerprint() == world.fingerprint()
 
 
-def test_parts_are_frozen_and_the_family_is_its_own_inpainter(world):
-    assert world.inpaint_unet is world.unet
+def test_parts_are_frozen_and_the_family_asks_for_the_classical_filler(world):
+    assert world.inpaint_unet is None and load("world", inpainter="classical").inpaint_unet is None
     assert not any(
         p.requires_grad for p in (*world.unet.parameters(), *world.vae.parameters(), *world.text_encoder.parameters())
     )
