@@ -122,7 +122,9 @@ class GenerateConfig:
 
     steps: int = 50
     guidance: float | None = None  # s_t, the text's part
-    subject_guidance: float = 1.0  # s_i, the subject's part; equal to `guidance` injects in the conditional half only
+    subject_guidance: float | None = (
+        1.0  # s_i, the subject's part; equal to `guidance` injects in the conditional half only
+    )
     scheduler: str = "ddim"
     schedule: WeightSchedule = field(default_factory=WeightSchedule)
     strength: float = 1.0  # multiplies eps_t

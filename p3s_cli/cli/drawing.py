@@ -37,8 +37,11 @@ def generate(
         float | None, typer.Option(help="Strength of the text; default the family's (7.5 for sd15).")
     ] = None,
     subject_guidance: Annotated[
-        float, typer.Option(help="Strength of the subject; equal to --guidance injects in the conditional half only.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Strength of the subject; default the family's (1 for sd15). Equal to --guidance: in the conditional half only."
+        ),
+    ] = None,
     scheduler: Annotated[
         str | None,
         typer.Option(help="ddim (default), ddpm, dpm++ (with --fast), unipc, euler, ... or a scheduler of diffusers."),

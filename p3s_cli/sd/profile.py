@@ -38,6 +38,7 @@ class Profile:
     feature_side: int  # pixels of a square photo as the tower sees it for the masks; 0 and () are the tower's own
     finetune: dict[str, float]
     guidance: float
+    subject_guidance: float
     nouns: tuple[str, ...]
     protocol: str  # how `p3s eval` scores where nothing else is asked for
     prompts: tuple[str, ...]  # what `p3s eval` draws of a subject: [V] stands for it, {} for its class word

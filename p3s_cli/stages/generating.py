@@ -52,7 +52,7 @@ def generate(
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
-    subject_guidance: float = 1.0,
+    subject_guidance: float | None = None,
     scheduler: str | None = None,
     schedule: str = "quadratic",
     strength: float = 1.0,
@@ -109,7 +109,7 @@ def generate(
     family = family or load(model or tuned.settings["base"], device, dtype, tuned.settings.get("vision"))
     for one in subjects:
         one.check_control(family.fingerprint())
-    sampling = replace(sampling, guidance=family.profile.guidance if guidance is None else guidance)
+    sampling = _settled(sampling, family, subject)
     warnings = _check_words(family, words, sampling.negative_prompt, [s.manifest.identifier for s in subjects])
     record = {"prompt": prompt, "text": words, "sampling": settings.as_settings(sampling), "control": tuned.artifacts}
     record |= {"base": tuned.settings["base_fingerprint"], "safety_checker": safety_checker} | joined.record()
@@ -139,6 +139,14 @@ def generate(
     )
 
 
+def _settled(sampling: settings.GenerateConfig, family: Family, subject: Subject) -> settings.GenerateConfig:
+    """With the family's strengths where none were asked for; its subject's is P3S's, whose copy it is for."""
+    own = family.profile.subject_guidance if subject.method == "p3s" else 1.0
+    asked = sampling.guidance, sampling.subject_guidance
+    chosen = (d if a is None else a for a, d in zip(asked, (family.profile.guidance, own), strict=True))
+    return replace(sampling, **dict(zip(("guidance", "subject_guidance"), chosen, strict=True)))
+
+
 def _check_words(family: Family, words: str, negative: str, identifiers: Sequence[str]) -> list[str]:
     """Warnings for what of the prompts the text encoder will not see; InputError if a subject is in it."""
     for identifier in identifiers:
@@ -152,7 +160,7 @@ def _parameters(
     family: Family, words: str, sampling: settings.GenerateConfig, joined: Composition
 ) -> Callable[[int], str]:
     """A1111's text for the image of a seed."""
-    assert sampling.guidance is not None
+    assert sampling.guidance is not None and sampling.subject_guidance is not None
     return lambda seed: a1111.parameters(
         words,
         sampling.negative_prompt,
