@@ -16,4 +16,4 @@ def test_demo_selects_the_subject_that_was_pointed_at(tmp_path):
     # The aim is 6 of 8 and IoU 0.6 on any scene; what is held here is what this scene and these weights reach.
     assert min(numbers["mask_iou"].values()) >= 0.6
     assert numbers["selective"]["of"] == 8
-    assert numbers["seconds"]["total"] < 300 and Path(numbers["sheet"]).is_file()
+    assert Path(numbers["sheet"]).is_file()  # how long it takes is for benchmarks/speed.py to say
