@@ -79,7 +79,10 @@ class P3SPipeline(StableDiffusionPipeline):
         schedule: str = "quadratic",
         **kwargs: Any,
     ) -> Any:
-        """StableDiffusionPipeline's call; `subject_strength` and `schedule` are generate's `strength` and `schedule`."""
+        """StableDiffusionPipeline's call; `subject_strength` and `schedule` are generate's `strength` and `schedule`.
+
+        Both halves of diffusers' guidance know the subject, which is generate's `subject_guidance` of 1.
+        """
         family, subjects = self._family(), self.__dict__["_p3s"][1]
         names = [s.manifest.identifier for s in subjects]
         words = [text.identify(p, *names) for p in ([prompt] if isinstance(prompt, str) else prompt)]

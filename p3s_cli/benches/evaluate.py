@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from p3s_cli.evals import dreambench, plot, protocols, report
 from p3s_cli.evals.scoring import Judge, Result, Truth
 from p3s_cli.sd import images
 from p3s_cli.sd.family import load
+from p3s_cli.stages.progress import silent
 from p3s_cli.subject import Subject
 
 _WORLD_CASES, _QUICK_CASES = 12, 3
@@ -61,6 +62,21 @@ def evaluate(
     **common: Any,
 ) -> EvalResult:
     """One of the evaluations below, as the command line names them. Raises InputError for what does not fit together."""
+    of_world = {
+        "--ablate": ablate,
+        "--only": only,
+        "--equal-time": equal_time,
+        "--quick": quick,
+        "--strength": strengths,
+    }
+    of_dreambench = {"--subject": subjects, "--shard": shard, "--points": points, "--self-check": check}
+    _refuse(bench, "world", of_world)
+    _refuse(bench, "dreambench", of_dreambench)
+    _refuse(bench, None, {"--prompt": prompts})
+    if bench == "world" and protocol:
+        raise InputError("--bench world is scored by the family's own protocol; leave out --protocol")
+    if only and not ablate:
+        raise InputError("--only names rows of --ablate; add that, or choose methods with --method")
     names = methods.NAMES if names and "all" in names else tuple(names or ("p3s",))
     common |= {"on_progress": on_progress}
     if bench is None:
@@ -70,7 +86,6 @@ def evaluate(
     if bench == "world":
         wanted = only if ablate else names
         budgets = ("published", "equal") if equal_time else ("published",)
-        common.pop("n")
         return evaluate_world(
             target or output or _WORLD_WORK,
             wanted,
@@ -102,12 +117,21 @@ def evaluate(
     )
 
 
+def _refuse(bench: str | None, only_for: str | None, options: dict[str, Any]) -> None:
+    """Raises InputError for an option that this evaluation would not heed."""
+    given = next((name for name, value in options.items() if value), None)
+    if given and bench != only_for:
+        raise InputError(
+            f"{given} belongs to {f'--bench {only_for}' if only_for else 'one subject'}; leave it out here"
+        )
+
+
 def evaluate_subject(
     directory: Path | str,
     names: Sequence[str] = (),
     prompts: Sequence[str] = (),
     protocol_name: str | None = None,
-    n: int = 4,
+    n: int | None = None,
     seed: int = 0,
     model: str | None = None,
     device: str = "auto",
@@ -123,7 +147,7 @@ def evaluate_subject(
     case = subject_case(root, family.vision, prompts or family.profile.prompts)
     entries = rivals(names or ("p3s",), methods.NAMES, ("published",))
     judge = Judge(protocols.protocol(protocol_name or family.profile.protocol), family.folder, family.device)
-    run = Run(root / "eval", family, judge, Plan(n, seed), on_progress or _silent)
+    run = Run(root / "eval", family, judge, Plan(n or Plan.images, seed), on_progress or silent)
     return _finish(run, entries, run.evaluate(entries, [case]), f"p3s eval {root.resolve().name}")
 
 
@@ -134,6 +158,7 @@ def evaluate_world(
     budgets: Sequence[str] = ("published",),
     quick: bool = False,
     strengths: Sequence[float] = (),
+    n: int | None = None,
     seed: int = 0,
     model: str = "world",
     device: str = "auto",
@@ -143,11 +168,12 @@ def evaluate_world(
     """Held-out look-alikes of the drawn world, judged by its readers; with `ablate`, the paper's ablations.
 
     Two calibration lines stand beside the methods: true pictures of the chosen subject, and of its look-alike.
-    `strengths` beside 1 become points of each method's curve in `trade-off.png`.
+    `n` images of each prompt, 4 or with `quick` 2. `strengths` beside 1 become points of each method's curve in `trade-off.png`.
     """
     root, family = Path(work), load(model, device, dtype)
     judge = Judge(protocols.protocol(family.profile.protocol), family.folder, family.device)
-    run = Run(root, family, judge, _QUICK if quick else Plan(), on_progress or _silent)
+    plan = _QUICK if quick else Plan()
+    run = Run(root, family, judge, replace(plan, images=n or plan.images), on_progress or silent)
     made = world.cases(root / "cases", family, _QUICK_CASES if quick else _WORLD_CASES, seed, quick)
     for number, case in enumerate(made):
         for line, results in world.calibration(case, number, seed, root / "calibration").items():
@@ -170,7 +196,7 @@ def evaluate_dreambench(
     shard: str | None = None,
     points: Path | None = None,
     protocol_name: str = "dreambooth",
-    n: int = 4,
+    n: int | None = None,
     seed: int = 0,
     model: str = "sd15",
     device: str = "auto",
@@ -186,7 +212,7 @@ def evaluate_dreambench(
     sitters = dreambench.shard(sitters, shard) if shard else sitters
     clicks = _clicks(points, sitters)
     judge = Judge(protocols.protocol(protocol_name), family.folder, family.device)
-    run = Run(root, family, judge, Plan(n, seed), on_progress or _silent)
+    run = Run(root, family, judge, Plan(n or Plan.images, seed), on_progress or silent)
     made = []
     for sitter, at in zip(sitters, clicks, strict=True):
         directory = root / "cases" / sitter.name
@@ -218,7 +244,7 @@ def self_check(
     For DreamBench under `dreambooth`, published tables have about 0.774 (DINO) and 0.885 (CLIP-I).
     """
     family, chosen = load(model, device), protocols.protocol(protocol_name)
-    run = Run(Path(work), family, Judge(chosen, family.folder, family.device), Plan(), on_progress or _silent)
+    run = Run(Path(work), family, Judge(chosen, family.folder, family.device), Plan(), on_progress or silent)
     sitters = dreambench.read(Path(path))
     for k, sitter in enumerate(sitters):
         run.report(f"real photos: {sitter.name}", k, len(sitters))
@@ -249,7 +275,3 @@ def _given(entries: Sequence[Entry]) -> list[str]:
     """What each method sees of a reference, in words under the table."""
     seen = {entry.method: methods.get(entry.method).given for entry in entries}
     return [f"{method} was given the reference's {what}" for method, what in seen.items() if what != "nothing"]
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    pass

@@ -51,7 +51,7 @@ class Run:
     def __init__(self, work: Path, family: Family, judge: Judge, plan: Plan, report: stages.Progress):
         self.work, self.family, self.judge, self.plan, self.report = work, family, judge, plan, report
         self.rows = Rows(work / "scores.jsonl")
-        self._clock = _Clock(work / "seconds.json")
+        self._ledger = _Ledger(work / "measured.json")
 
     def evaluate(self, entries: Sequence[Entry], cases: Sequence[Case]) -> Outcome:
         """Every entry on every case. Raises what the stages raise; what was made until then is kept."""
@@ -68,7 +68,7 @@ class Run:
 
     def outcome(self, entries: Sequence[Entry]) -> Outcome:
         seconds = {
-            e.name: (self._clock.mean(f"tune/{e.tuning}"), self._clock.mean(f"image/{e.tuning}")) for e in entries
+            e.name: (self._ledger.mean(f"tune/{e.tuning}"), self._ledger.mean(f"image/{e.tuning}")) for e in entries
         }
         return Outcome(table(self.rows, self.judge.protocol), seconds)
 
@@ -86,7 +86,7 @@ class Run:
                 **(self.plan.sampling or {}) | dict(entry.sampling),
             )
             if not made.unchanged:
-                self._clock.add(f"image/{entry.tuning}", prompt.text, (time.monotonic() - started) / self.plan.images)
+                self._ledger.add(f"image/{entry.tuning}", prompt.text, (time.monotonic() - started) / self.plan.images)
             results += [
                 Result(path, sha256(path), prompt.plain, seed, prompt.labels)
                 for path, seed in zip(made.images, made.seeds, strict=True)
@@ -105,20 +105,20 @@ class Run:
             family=self.family,
         )
         if not made.unchanged:
-            self._clock.add(f"tune/{entry.tuning}", case.name, time.monotonic() - started)
+            self._ledger.add(f"tune/{entry.tuning}", case.name, time.monotonic() - started)
         return directory
 
     def _equal_steps(self, entry: Entry, directory: Path) -> int | None:
         """Steps that take this method as long as P3S took; None for the published recipe."""
         if entry.budget == "published":
             return None
-        budget = self._clock.mean(f"tune/{Entry('p3s').tuning}")
+        budget = self._ledger.mean(f"tune/{Entry('p3s').tuning}")
         if budget is None:
             raise InputError("equal time is P3S's own, which this run has not measured; let p3s take part, first")
-        known = self._clock.mean(f"steps/{entry.tuning}")
+        known = self._ledger.mean(f"steps/{entry.tuning}")
         if known is None:
             known = pace.measure(entry.method, self.family, Subject.open(directory)).steps(budget)
-            self._clock.add(f"steps/{entry.tuning}", "measured", known)
+            self._ledger.add(f"steps/{entry.tuning}", "measured", known)
         return int(known)
 
 
@@ -134,19 +134,19 @@ def _copy_masked(source: Path, target: Path) -> None:
         pass
 
 
-class _Clock:
-    """Seconds by kind and name, kept in a file, since a run that goes on did not see the first part."""
+class _Ledger:
+    """Measured numbers (seconds, and the steps that fit into them) by kind and name, kept in a file, since a run that goes on did not see the first part."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._seconds = json.loads(path.read_text()) if path.is_file() else {}
+        self._numbers = json.loads(path.read_text()) if path.is_file() else {}
 
     def add(self, kind: str, name: str, seconds: float) -> None:
-        self._seconds.setdefault(kind, {})[name] = round(seconds, 3)
+        self._numbers.setdefault(kind, {})[name] = round(seconds, 3)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary:
-            temporary.write_text(json.dumps(self._seconds, indent=1))
+            temporary.write_text(json.dumps(self._numbers, indent=1))
 
     def mean(self, kind: str) -> float | None:
-        values = self._seconds.get(kind, {}).values()
+        values = self._numbers.get(kind, {}).values()
         return sum(values) / len(values) if values else None

@@ -49,7 +49,9 @@ def evaluate(
         bool, typer.Option("--self-check", help="DreamBench: real photos against real photos, nothing is drawn.")
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where a benchmark works.")] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Images of each prompt.")] = 4,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Images of each prompt; default 4, with --quick 2.")
+    ] = None,
     seed: Seed = 0,
     model: OtherModel = None,
     device: Device = "auto",

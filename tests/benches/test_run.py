@@ -113,3 +113,13 @@ def test_names_that_nobody_has_are_refused(subject):
 def test_p3s_and_the_untuned_base_have_one_budget_and_rivals_two():
     names = [e.name for e in rivals(["p3s", "lora", "untuned"], ["p3s", "lora", "untuned"], ("published", "equal"))]
     assert names == ["p3s", "lora", "lora, equal time", "untuned"]
+
+
+def test_an_option_that_would_not_be_heeded_is_refused():
+    for options, word in (
+        ({"bench": "world", "shard": "1/2"}, "--shard belongs to --bench dreambench"),
+        ({"bench": "dreambench", "quick": True}, "--quick belongs to --bench world"),
+        ({"bench": "world", "prompts": ["a [V] dog"]}, "--prompt belongs to one subject"),
+    ):
+        with pytest.raises(InputError, match=word):
+            benches.evaluate(**options)
