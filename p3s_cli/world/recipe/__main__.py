@@ -20,12 +20,14 @@ from p3s_cli.world.recipe.contrast import stage_clip, stage_tokenizer, stage_vis
 from p3s_cli.world.recipe.denoiser import stage_unet, stage_unet_long
 from p3s_cli.world.recipe.export import stage_export
 from p3s_cli.world.recipe.readers import stage_identity, stage_labels
+from p3s_cli.world.recipe.words import stage_words
 from p3s_cli.world.recipe.workshop import SCENES, Workshop
 
 STAGES: dict[str, Callable[[Workshop], None]] = {
     "tokenizer": stage_tokenizer,
     "vae": stage_vae,
     "clip": stage_clip,
+    "words": stage_words,
     "vision": stage_vision,
     "vision_long": stage_vision_long,
     "unet": stage_unet,
@@ -45,8 +47,11 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes to draw")
     parser.add_argument("--steps", type=int, help="length of the whole stage, instead of the recipe's")
     parser.add_argument("--until", type=int, help="stop before this step; a later call goes on")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the U-Net: minutes at first, then 1.4x the rate"
+    )
     args = parser.parse_args()
-    shop = Workshop(args.work, args.device, args.seed, args.scenes, args.steps, args.until)
+    shop = Workshop(args.work, args.device, args.seed, args.scenes, args.steps, args.until, args.compile)
     for stage in STAGES if args.stage == "all" else [args.stage]:
         STAGES[stage](shop)
 

@@ -35,6 +35,7 @@ def _denoise(shop: Workshop, stage: str, unet: UNet2DConditionModel, subject_wei
     scheduler = models.build_scheduler()
     latents, subjects = _latents(shop)
     alphas = scheduler.alphas_cumprod.to(shop.device)
+    predict = torch.compile(unet) if shop.compiled else unet
 
     @torch.no_grad()
     def encode(captions: list[str]) -> Tensor:
@@ -50,7 +51,7 @@ def _denoise(shop: Workshop, stage: str, unet: UNet2DConditionModel, subject_wei
         noise = torch.randn(x0.shape, generator=generator).to(shop.device)
         t = torch.randint(1000, (len(index),), generator=generator).to(shop.device)
         with shop.autocast():
-            eps = unet(scheduler.add_noise(x0, noise, t), t, encode(captions)).sample
+            eps = predict(scheduler.add_noise(x0, noise, t), t, encode(captions)).sample
         snr = alphas[t] / (1 - alphas[t])
         error = (weight * (eps.float() - noise).square()).mean((1, 2, 3)) / weight.mean((1, 2, 3))
         return (error * snr.clamp(max=5) / snr).mean(), {}

@@ -21,6 +21,7 @@ HELD_OUT = 10_000_000
 STEPS = {
     "vae": 7_500,
     "clip": 1_400,
+    "words": 1_000,
     "vision": 900,
     "vision_long": 1_800,
     "unet": 4_800,
@@ -31,6 +32,7 @@ STEPS = {
 BATCH = {
     "vae": 16,
     "clip": 96,
+    "words": 128,
     "vision": 96,
     "vision_long": 96,
     "unet": 32,
@@ -41,6 +43,7 @@ BATCH = {
 LEARNING_RATE = {
     "vae": 2e-3,
     "clip": 1e-3,
+    "words": 1e-3,
     "vision": 7e-4,
     "vision_long": 7e-4,
     "unet": 5e-4,
@@ -103,8 +106,11 @@ class Pool:
 class Workshop:
     """One run of the recipe: where its files are, on which device, how it reports."""
 
-    def __init__(self, work: Path, device: str, seed: int, scenes: int, steps: int | None, until: int | None):
+    def __init__(
+        self, work: Path, device: str, seed: int, scenes: int, steps: int | None, until: int | None, compiled: bool
+    ):
         self.work, self.device, self.seed, self.steps, self.until = work, device, seed, steps, until
+        self.compiled = compiled
         self.family = work / "family"
         self._scenes = scenes
 

@@ -1,0 +1,80 @@
+"""The text tower learns to keep apart what contrast alone let run together.
+
+Contrast asks of a caption only what tells its picture from the others of a batch: grounds and colours. What
+it never needs, it folds: after `clip`, "spotted" and "striped" pointed the same way within six degrees, and
+no U-Net that reads those states can tell them apart. Here each state has to name the words of its own noun
+phrase, and the end of the text all of them, which also gathers at a noun the adjectives that belong to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer
+
+from p3s_cli.world.recipe.workshop import BATCH, Workshop
+from p3s_cli.world.scenes import caption
+
+_LENGTH = 40  # tokens: longer than any caption, with some of the padding that the U-Net also reads
+_SHARPNESS = 16.0  # of the cosines; fixed, so that only angles between states can lower the loss
+
+
+class Naming(nn.Module):
+    """A text tower and one direction for each token; how well a state names a token is their cosine."""
+
+    def __init__(self, clip: CLIPModel):
+        super().__init__()
+        self.text_model = clip.text_model
+        width, tokens = clip.config.text_config.hidden_size, clip.config.text_config.vocab_size
+        self.directions = nn.Parameter(torch.randn(tokens, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, L) token ids to (B, L, tokens) logits."""
+        states = F.normalize(self.text_model(ids).last_hidden_state.float(), dim=-1)
+        return _SHARPNESS * states @ F.normalize(self.directions, dim=-1).T
+
+
+def stage_words(shop: Workshop) -> None:
+    """Text alone, no pictures. `vision` then turns the other tower towards what came of it."""
+    torch.manual_seed(shop.seed)
+    tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
+    clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device)
+    naming = Naming(clip).to(shop.device)
+    starts = torch.tensor(tokenizer.convert_tokens_to_ids(["a</w>", "an</w>", "and</w>"]))
+    known = _known(shop, tokenizer)
+
+    def loss(step: int, generator: torch.Generator):
+        captions = shop.pool.captions(shop.pool.draw(BATCH["words"], generator), generator)
+        ids = tokenizer(captions, padding="max_length", max_length=_LENGTH, return_tensors="pt").input_ids
+        wanted = phrases(ids, starts, tokenizer.eos_token_id, len(known)) & known
+        said = wanted.any(-1)
+        target = (wanted / wanted.sum(-1, keepdim=True).clamp(min=1)).to(shop.device)
+        logits = naming(ids.to(shop.device))
+        return F.cross_entropy(logits[said], target[said]), {}
+
+    shop.fit("words", naming, loss, weight_decay=0.01, ema=0.0)
+    clip.save_pretrained(shop.family / "clip")
+
+
+def phrases(ids: Tensor, starts: Tensor, end: int, tokens: int) -> Tensor:
+    """(B, L, tokens), true where a token stands in the noun phrase so far, or anywhere before, from the end on.
+
+    A phrase begins at one of `starts`; `end` is the token that closes a text and fills it up.
+    """
+    length = ids.shape[1]
+    at = torch.arange(length)
+    first = torch.where(torch.isin(ids, starts), at, 0).cummax(1).values
+    first = torch.where(ids == end, 0, first)
+    inside = (at[None, None] <= at[None, :, None]) & (at[None, None] >= first[:, :, None])
+    one_hot = F.one_hot(ids, tokens).float()
+    return inside.float() @ one_hot > 0
+
+
+def _known(shop: Workshop, tokenizer: CLIPTokenizer) -> Tensor:
+    """(tokens,), true for the world's own words; identifiers without meaning are not to be named."""
+    texts = [caption(scene, 0, full=True) for scene in shop.pool.scenes[:4096]]
+    known = torch.zeros(len(tokenizer), dtype=torch.bool)
+    known[sorted(set().union(*tokenizer(texts).input_ids))] = True
+    known[[tokenizer.bos_token_id, tokenizer.eos_token_id]] = False
+    return known
