@@ -93,7 +93,7 @@ def _contrast(
         target = equal / equal.sum(1, keepdim=True)
         value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         found = equal.gather(1, logits.argmax(1, keepdim=True)).mean().item()
-        return value, {f"{wording} found": found}
+        return value, {"found": found}
 
     shop.fit(stage, clip, loss, weight_decay=0.05, ema=0.0)
     clip.save_pretrained(shop.family / "clip")

@@ -8,7 +8,10 @@ phrase, and the end of the text all of them, which also gathers at a noun the ad
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
@@ -53,8 +56,35 @@ def stage_words(shop: Workshop) -> None:
         logits = naming(ids.to(shop.device))
         return F.cross_entropy(logits[said], target[said]), {}
 
+    former = copy.deepcopy(clip.text_model)
     shop.fit("words", naming, loss, weight_decay=0.01, ema=0.0)
     clip.save_pretrained(shop.family / "clip")
+    if (shop.family / "unet").exists():
+        unet = UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device)
+        captions = [caption(scene, seed) for seed, scene in enumerate(shop.pool.scenes[:2048])]
+        ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(shop.device)
+        carry(unet, *(_states(tower, ids) for tower in (former, clip.text_model)))
+        unet.save_pretrained(shop.family / "unet")
+
+
+@torch.no_grad()
+def carry(unet: UNet2DConditionModel, former: Tensor, present: Tensor) -> None:
+    """Let a U-Net that was trained on `former` text states read the `present` ones of the same captions, both (N, L, D).
+
+    Its keys and values go behind M = argmin |present M - former|^2, so that only what the former states
+    did not say is left to learn.
+    """
+    a, b = (states.flatten(0, 1).double() for states in (present, former))
+    ridge = 1e-5 * a.square().mean() * len(a) * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+    back = torch.linalg.solve(a.T @ a + ridge, a.T @ b)
+    for name, module in unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            module.weight.copy_(module.weight.double() @ back.T)
+
+
+@torch.no_grad()
+def _states(tower: nn.Module, ids: Tensor) -> Tensor:
+    return torch.cat([tower(part).last_hidden_state for part in ids.split(128)])
 
 
 def phrases(ids: Tensor, starts: Tensor, end: int, tokens: int) -> Tensor:
