@@ -1,6 +1,6 @@
 """Mask, finetune and generate on Stable Diffusion v1-5's exact shape with random weights: times and memory.
 
-python benchmarks/sd15.py FOLDER [--reduced] [--steps 20] [--sampling-steps 20] [--images 4] [--memory auto]
+python benchmarks/sd15.py FOLDER [--reduced] [--steps 20] [--sampling-steps 20] [--images 4] [--memory auto] [--inpainter classical]
 
 Writes FOLDER/diffusers (a diffusers folder with its CLIP pair) and FOLDER/single.safetensors (the original
 layout) in bfloat16, unless they are there, and prints a table. `--reduced` narrows every model, to see that
@@ -104,7 +104,7 @@ class Meter:
 
 def measure(root: Path, arguments: argparse.Namespace) -> list[str]:
     """One row a stage: seconds in all, median milliseconds a step, peak memory."""
-    family = load(str(root), arguments.device, arguments.dtype)
+    family = load(str(root), arguments.device, arguments.dtype, inpainter=arguments.inpainter)
     work = root.parent / "subject"
     shutil.rmtree(work, ignore_errors=True)
     scene = lookalike_scene(20_000_007)
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--memory", default="auto")
+    parser.add_argument("--inpainter", default=".", help="of the mask stage; classical spares a CPU an hour")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()

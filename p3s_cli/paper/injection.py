@@ -125,7 +125,8 @@ class _Receiver:
         else:
             out, weights = attend(attn, hidden_states, context, context, None, bool(explicit))
             for injection in p3s:
-                out = out + _weight(injection) * injection.share * injection.cross[self.name].to(out.dtype)
+                # in the layer's own precision: a CPU's layer norm takes no float32 beside bfloat16 weights
+                out = out + (_weight(injection) * injection.share * injection.cross[self.name]).to(out.dtype)
         for injection in explicit:
             injection.maps[self.name] = weights
         return out

@@ -20,22 +20,29 @@ from p3s_cli.world.recipe.workshop import BATCH, Workshop
 from p3s_cli.world.scenes import caption
 
 _LENGTH = 40  # tokens: longer than any caption, with some of the padding that the U-Net also reads
+_KEEPING = 5.0  # weight of the former states, whose entries have variance 1
 _SHARPNESS = 16.0  # of the cosines; fixed, so that only angles between states can lower the loss
 
 
 class Naming(nn.Module):
-    """A text tower and one direction for each token; how well a state names a token is their cosine."""
+    """A text tower with one direction for each token, whose cosine says how well a state names it, and a way back.
+
+    The way back is linear: what the tower said before stays to be read in its states, so that a U-Net
+    that was trained on it can be carried along.
+    """
 
     def __init__(self, clip: CLIPModel):
         super().__init__()
         self.text_model = clip.text_model
         width, tokens = clip.config.text_config.hidden_size, clip.config.text_config.vocab_size
         self.directions = nn.Parameter(torch.randn(tokens, width))
+        self.back = nn.Parameter(torch.eye(width))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, L) token ids to (B, L, tokens) logits."""
-        states = F.normalize(self.text_model(ids).last_hidden_state.float(), dim=-1)
-        return _SHARPNESS * states @ F.normalize(self.directions, dim=-1).T
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) token ids to (B, L, tokens) logits and the former states (B, L, D) as read from the present ones."""
+        states = self.text_model(ids).last_hidden_state.float()
+        logits = _SHARPNESS * F.normalize(states, dim=-1) @ F.normalize(self.directions, dim=-1).T
+        return logits, states @ self.back
 
 
 def stage_words(shop: Workshop) -> None:
@@ -43,7 +50,7 @@ def stage_words(shop: Workshop) -> None:
     torch.manual_seed(shop.seed)
     tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device)
-    naming = Naming(clip).to(shop.device)
+    naming, former = Naming(clip).to(shop.device), copy.deepcopy(clip.text_model)
     starts = torch.tensor(tokenizer.convert_tokens_to_ids(["a</w>", "an</w>", "and</w>"]))
     known = _known(shop, tokenizer)
 
@@ -53,10 +60,12 @@ def stage_words(shop: Workshop) -> None:
         wanted = phrases(ids, starts, tokenizer.eos_token_id, len(known)) & known
         said = wanted.any(-1)
         target = (wanted / wanted.sum(-1, keepdim=True).clamp(min=1)).to(shop.device)
-        logits = naming(ids.to(shop.device))
-        return F.cross_entropy(logits[said], target[said]), {}
+        logits, read = naming(ids.to(shop.device))
+        with torch.no_grad():
+            truth = former(ids.to(shop.device)).last_hidden_state
+        named, lost = F.cross_entropy(logits[said], target[said]), F.mse_loss(read, truth)
+        return named + _KEEPING * lost, {"named": named.item(), "lost": lost.item()}
 
-    former = copy.deepcopy(clip.text_model)
     shop.fit("words", naming, loss, weight_decay=0.01, ema=0.0)
     clip.save_pretrained(shop.family / "clip")
     if (shop.family / "unet").exists():

@@ -21,7 +21,7 @@ HELD_OUT = 10_000_000
 STEPS = {
     "vae": 7_500,
     "clip": 1_400,
-    "words": 1_000,
+    "words": 900,
     "vision": 900,
     "vision_long": 1_800,
     "unet": 4_800,
