@@ -21,7 +21,7 @@ Injection = Literal["literal", "gated"]
 AttentionReading = Literal["printed", "sum", "relative", "off"]
 Optimizer = Literal["adamw", "adamw8"]
 Timesteps = Literal["uniform", "cubic"]
-Schedule = Literal["quadratic", "fixed", "increasing", "decreasing", "off"]
+Schedule = Literal["quadratic", "fixed", "increasing", "decreasing", "off", "learned"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,14 @@ class ControlConfig:
     injection: Injection = "gated"
     lam: float = 0.2  # lambda of eq. 7
     gate_start: float = -2.0  # b_i before training, gated form only
-    gate_lr_scale: float = 100.0  # the gates' learning rate, relative to the rest
+    gate_lr_scale: float = 100.0  # the learning rate of the gates, and of a learned weight, relative to the rest
     gamma: float = 0.1  # eq. 15
     attention_loss: AttentionReading = "sum"  # reading of eq. 11-12
     attention_layers: Literal["last", "all"] = "last"  # Table IV
     attention_gradient: Literal["copy", "both"] = "copy"  # whether eq. 11 also moves the frozen U-Net's map
+    learned_weight: bool = (
+        False  # train with eps_t from an MLP in t (Fig. 5) instead of 1; sampled by schedule `learned`
+    )
     learned_word: bool = True  # an offset learnt at the identifier's text states; the paper has none
     word_lr_scale: float = 20.0  # its learning rate, relative to the rest
     timesteps: Timesteps = "cubic"  # cubic: more of the noisy steps, where shape and colour are decided
@@ -71,7 +74,7 @@ class ControlConfig:
 
 @dataclass(frozen=True)
 class WeightSchedule:
-    """Eq. 10: eps_t = 1 - alpha (t / T)^k + beta, and its variants of Table III."""
+    """Eq. 10: eps_t = 1 - alpha (t / T)^k + beta, and its variants of Fig. 5 and Table III."""
 
     kind: Schedule = "quadratic"
     alpha: float = 0.5

@@ -47,7 +47,10 @@ def generate(
         typer.Option(help="ddim (default), ddpm, dpm++ (with --fast), unipc, euler, ... or a scheduler of diffusers."),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="P3S: weight over time, quadratic, fixed, increasing, decreasing or off.")
+        str,
+        typer.Option(
+            help="P3S: weight over time, quadratic, fixed, increasing, decreasing, off, or learned by the control."
+        ),
     ] = "quadratic",
     strength: Annotated[float, typer.Option(min=0, help="Multiplies the weight of every subject.")] = 1.0,
     negative_prompt: Annotated[str, typer.Option(help="What to keep out of the images.")] = "",

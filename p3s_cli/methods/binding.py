@@ -14,6 +14,7 @@ from p3s_cli.methods.conditioning import Condition, condition, reference_view
 from p3s_cli.methods.photos import read_photos
 from p3s_cli.paper.injection import Injection
 from p3s_cli.paper.model import P3SControl
+from p3s_cli.paper.schedule import LearnedWeight
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.weights import check_layout, layout_of
 from p3s_cli.subject import Subject
@@ -41,13 +42,16 @@ class Bound:
     strength: float
     words: tuple[str, str]  # identifier and class word
     reuse: int = 1
+    learned: LearnedWeight | None = None  # where the schedule is left to it
     _kept: list[Injection] = field(default_factory=list)
     _age: int = 0
     _last: float = -1.0
 
     @classmethod
     def build(cls, family: Family, part: Part, sampling: GenerateConfig) -> Bound:
-        """Raises InputError if the control was trained on another shape of base."""
+        """Raises InputError if the control was trained on another shape of base, or lacks the weight to sample by."""
+        if sampling.schedule.kind == "learned" and not part.config.learned_weight:
+            raise InputError(f"{part.subject.root} was tuned without a learned weight; choose another --schedule")
         control = P3SControl(family.unet, family.vision.width, part.config)
         try:
             check_layout(layout_of(part.tensors), layout_of(control.state_dict()))
@@ -64,11 +68,15 @@ class Bound:
         seen = Condition(seen.latent.to(family.dtype), seen.vision.to(family.dtype))
         manifest = part.subject.manifest
         words = manifest.identifier, manifest.class_word
-        return cls(control, [seen[i : i + 1] for i in range(len(photos))], part.strength, words, sampling.reuse)
+        learned = control.weighting if sampling.schedule.kind == "learned" else None
+        pieces = [seen[i : i + 1] for i in range(len(photos))]
+        return cls(control, pieces, part.strength, words, sampling.reuse, learned)
 
     def injections(self, x_t: Tensor, t: Tensor, states: Tensor, weight: float) -> list[Injection]:
         """P3S eq. 6 for each reference; together they take the place of one."""
         weights = torch.full((len(x_t),), weight * self.strength, device=x_t.device)
+        if self.learned is not None:
+            weights = weights * self.learned(t)
         begins = float(t[0]) > self._last  # time runs downwards, so this is another trajectory
         if begins or self._age % self.reuse == 0 or len(self._kept[0].weight) != len(x_t):
             self._kept, self._age = [self._inject(x_t, t, states, weights, seen) for seen in self.seen], 0

@@ -59,7 +59,11 @@ class P3S:
             lr=config.lr,
             weight_decay=0.01,
             seed=config.seed,
-            lr_scale=(("gates", config.control.gate_lr_scale), ("word", config.control.word_lr_scale)),
+            lr_scale=(
+                ("gates", config.control.gate_lr_scale),
+                ("weighting", config.control.gate_lr_scale),
+                ("word", config.control.word_lr_scale),
+            ),
             optimizer=config.memory.optimizer,
         )
         torch.manual_seed(config.seed)
@@ -156,13 +160,12 @@ class _Loss:
         active = (torch.rand(n, generator=generator) >= config.drop_injection).to(self.device)
         chosen = torch.where(no_text, len(self.text) - 1, template)
         states = self.control.say(self.text[chosen], self.where[chosen])
-        ones = torch.ones(n, device=self.device)
+        weight = torch.ones(n, device=self.device) if self.control.weighting is None else self.control.weighting(t)
         maps = config.attention_loss != "off"
         with torch.autocast(self.device.split(":")[0], self.autocast, enabled=self.autocast != torch.float32):
-            injection, copy_maps = self.control.inject(x_t, t, states, seen.latent, seen.vision, ones, active, maps)
+            injection, copy_maps = self.control.inject(x_t, t, states, seen.latent, seen.vision, weight, active, maps)
             predicted = controlled_noise(self.unet, x_t, t, states, injection)
-        weight = config.background_weight + (1 - config.background_weight) * inside
-        denoising = denoising_loss(predicted, noise, weight)
+        denoising = denoising_loss(predicted, noise, config.background_weight + (1 - config.background_weight) * inside)
         if config.preserve:
             with torch.no_grad():
                 untouched = controlled_noise(self.unet, x_t, t, self.text[chosen])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from p3s_cli.config import ControlConfig
 from p3s_cli.paper.injection import Injection, Recording, attention_seam
 from p3s_cli.paper.rngr import RNGREncoder
+from p3s_cli.paper.schedule import LearnedWeight
 from p3s_cli.paper.subject_copy import attention_layers, build_copy, copy_name
 
 
@@ -28,7 +29,7 @@ def _zero_convolutions(widths: dict[str, int]) -> nn.ModuleDict:
 
 
 class P3SControl(nn.Module):
-    """Everything that trains: the copy, the zero convolutions, the gates, and the RNGR encoder.
+    """Everything that trains: the copy, the zero convolutions, the gates, the RNGR encoder, and what is learned beside.
 
     The frozen U-Net is an argument of every call and never a part of this module.
     """
@@ -48,6 +49,7 @@ class P3SControl(nn.Module):
         self.word = nn.Parameter(torch.zeros(unet.config.cross_attention_dim)) if config.learned_word else None
         gated = self.self_layers if config.injection == "gated" else []
         self.gates = nn.ParameterDict({_key(n): torch.full((), config.gate_start) for n in gated})
+        self.weighting = LearnedWeight() if config.learned_weight else None
         self.map_layers = self.cross_layers if config.attention_layers == "all" else self.cross_layers[-1:]
 
     def say(self, states: Tensor, where: Tensor, strength: float = 1.0) -> Tensor:

@@ -1,9 +1,11 @@
 """P3S eq. 10 against numbers worked by hand."""
 
 import pytest
+import torch
 
 from p3s_cli.config import WeightSchedule
-from p3s_cli.paper.schedule import injection_weight
+from p3s_cli.paper.model import connected, controlled_noise
+from p3s_cli.paper.schedule import LearnedWeight, injection_weight
 
 
 def test_paper_values_at_both_ends_and_in_the_middle():
@@ -29,3 +31,24 @@ def test_decreasing_is_the_straight_line_and_increasing_mirrors_eq_10():
         assert injection_weight(t, WeightSchedule(kind="increasing")) == pytest.approx(
             injection_weight(1000 - t, WeightSchedule())
         )
+
+
+def test_a_learned_weight_is_the_fixed_one_before_training_and_a_function_of_t_after():
+    torch.manual_seed(0)
+    weight, t = LearnedWeight(), torch.tensor([0, 250, 999])
+    assert torch.equal(weight(t), torch.ones(3))  # 2 sigmoid(0)
+    torch.nn.init.normal_(weight.mlp[-1].weight)
+    hidden = torch.nn.functional.silu(weight.mlp[0](torch.tensor([[0.25]])))
+    by_hand = 2 / (1 + torch.exp(-(hidden @ weight.mlp[-1].weight.T)))
+    assert weight(t)[1].item() == pytest.approx(by_hand.item(), abs=1e-6)
+    assert len(set(weight(t).tolist())) == 3 and ((weight(t) > 0) & (weight(t) < 2)).all()
+
+
+def test_the_learned_weight_learns_from_the_loss_in_both_forms_of_injection(unet, make_control, batch):
+    for form in ("gated", "literal"):
+        control = make_control(trained=True, learned_weight=True, injection=form)
+        x_t, t, text, latent, vision = batch
+        with connected(unet, control):
+            injection, _ = control.inject(x_t, t, text, latent, vision, control.weighting(t))
+            controlled_noise(unet, x_t, t, text, injection).square().mean().backward()
+        assert control.weighting.mlp[-1].weight.grad.abs().max() > 0
