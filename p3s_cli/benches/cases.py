@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
+from p3s_cli.benches.entries import References
 from p3s_cli.benches.finding import Finder
 from p3s_cli.errors import InputError
 from p3s_cli.evals.scoring import Truth
@@ -36,15 +37,23 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Case:
-    """`subject` is a masked subject directory that a run copies and never writes to."""
+    """`subject` is a masked subject directory that a run copies and never writes to.
+
+    `other` makes the like for references that are shown in another way; a case without one knows only its own.
+    """
 
     subject: Path
     prompts: tuple[Prompt, ...]
     truth: Truth
+    other: Callable[[References], Path] | None = None
 
     @property
     def name(self) -> str:
         return self.truth.subject
+
+    def shown(self, references: References) -> Path:
+        """The masked subject directory with these references."""
+        return self.other(references) if self.other and references != References() else self.subject
 
 
 def subject_case(directory: Path, tower: VisionTower, prompts: Sequence[str]) -> Case:

@@ -6,9 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from p3s_cli.config import PRESETS, ControlConfig
+from p3s_cli.config import PRESETS, ControlConfig, MaskConfig
 from p3s_cli.errors import InputError
 from p3s_cli.subject import digest
+
+
+@dataclass(frozen=True)
+class References:
+    """How a case's subject is shown to a method: how many photos, masked how, with the look-alike removed or not."""
+
+    name: str = ""  # of the folders they are in
+    photos: int = 1
+    true_masks: bool = False
+    inpaint: bool = True
+    masking: MaskConfig = field(default_factory=MaskConfig)
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,7 @@ class Entry:
     steps: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     budget: Literal["published", "equal"] = "published"
+    references: References = field(default_factory=References)
 
     @property
     def strength(self) -> float:
@@ -42,15 +54,33 @@ class Entry:
     def tuning(self) -> str:
         """The folder of the tuned subjects; entries that differ in sampling only share it."""
         control = None if self.control is None else self.control.__dict__
-        return f"{self.method}-{digest(control, self.steps, self.budget)[:8]}"
+        shown = f"-{self.references.name}" if self.references.name else ""
+        return f"{self.method}-{digest(control, self.steps, self.budget)[:8]}{shown}"
 
 
 def _control(name: str, **changes: Any) -> Entry:
     return Entry(name, control=replace(ControlConfig(), **changes))
 
 
-# The paper's Tables II, III and IV and Fig. 5, then our own readings. The first is what all are compared with.
-ABLATIONS: tuple[Entry, ...] = (
+_PRINTED = MaskConfig(recipe="paper")
+_UNPAINTED = References("unpainted", inpaint=False)
+_THREE = References("three", photos=3)
+
+
+def ablations(guidance: float, subject_guidance: float) -> tuple[Entry, ...]:
+    """The paper's Tables II, III and IV and Fig. 5, then our own readings; the first is what all are compared with.
+
+    `guidance` (s_t) and `subject_guidance` (s_i) are the family's: s_i is tried at 1 (injection in both halves
+    of guidance), at 2, and at s_t (in the conditional half only), but for the one that is the default.
+    """
+    strengths = [s for s in dict.fromkeys((1.0, 2.0, guidance)) if s != subject_guidance]
+    return (
+        *_ABLATIONS,
+        *(Entry(f"subject guidance {s:g}", sampling={"subject_guidance": s}) for s in strengths),
+    )
+
+
+_ABLATIONS: tuple[Entry, ...] = (
     Entry("p3s"),
     _control("without RNGR", rngr=False),
     _control("without L_ac", attention_loss="off"),
@@ -58,17 +88,27 @@ ABLATIONS: tuple[Entry, ...] = (
     Entry("weight fixed", sampling={"schedule": "fixed"}),
     Entry("weight increasing", sampling={"schedule": "increasing"}),
     Entry("weight decreasing", sampling={"schedule": "decreasing"}),
+    replace(_control("weight learned", learned_weight=True), sampling={"schedule": "learned"}),
     Entry("paper preset", control=PRESETS["paper"][1]),
     _control("literal injection", injection="literal"),
     _control("L_ac as printed", attention_loss="printed"),
     _control("L_ac relative", attention_loss="relative"),
     _control("L_ac moves both maps", attention_gradient="both"),
     _control("injection never dropped", drop_injection=0.0),
-    Entry("subject guidance 2", sampling={"subject_guidance": 2.0}),
     _control("joint augmentation", augment="joint"),
     _control("independent augmentation", augment="independent"),
     _control("reference background kept", reference_background="keep"),
     _control("loss over the whole image", background_weight=1.0),
+    Entry("three references", references=_THREE),
+    Entry("three references, all shown", references=_THREE, sampling={"references": 3}),
+    Entry("true masks", references=References("true", true_masks=True)),
+    Entry("masks by eq. 2, raw", references=References("eq2-raw", masking=_PRINTED)),
+    Entry(
+        "masks by eq. 2, rescaled",
+        references=References("eq2-rescaled", masking=replace(_PRINTED, similarity="rescaled")),
+    ),
+    Entry("no inpainting", references=_UNPAINTED),
+    Entry("paper preset, no inpainting", control=PRESETS["paper"][1], references=_UNPAINTED),
 )
 
 

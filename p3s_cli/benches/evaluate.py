@@ -11,7 +11,7 @@ from p3s_cli import methods, stages
 from p3s_cli.atomic import replacing, sha256
 from p3s_cli.benches import world
 from p3s_cli.benches.cases import Case, Prompt, first_finder, subject_case
-from p3s_cli.benches.entries import ABLATIONS, Entry, choose, rivals
+from p3s_cli.benches.entries import Entry, ablations, choose, rivals
 from p3s_cli.benches.run import Outcome, Plan, Run
 from p3s_cli.errors import InputError
 from p3s_cli.evals import dreambench, plot, protocols, report
@@ -178,9 +178,11 @@ def evaluate_world(
     for number, case in enumerate(made):
         for line, results in world.calibration(case, number, seed, root / "calibration").items():
             run.score(line, case, results)
-    entries = (
-        choose(ABLATIONS, names, lambda e: e.name) if ablate else rivals(names or ("p3s",), methods.NAMES, budgets)
-    )
+    if ablate:
+        rows = ablations(family.profile.guidance, family.profile.subject_guidance)
+        entries = choose(rows, names, lambda e: e.name)
+    else:
+        entries = rivals(names or ("p3s",), methods.NAMES, budgets)
     entries += [e.at_strength(s) for e in entries for s in strengths]
     outcome = run.evaluate(entries, made)
     curves = {e.name: (e.label, e.strength) for e in entries}

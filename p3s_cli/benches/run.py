@@ -95,7 +95,7 @@ class Run:
 
     def _tuned(self, entry: Entry, case: Case) -> Path:
         directory = self.work / entry.tuning / case.name
-        _copy_masked(case.subject, directory)
+        _copy_masked(case.shown(entry.references), directory)
         started = time.monotonic()
         made = stages.finetune(
             directory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 
@@ -10,16 +11,18 @@ from PIL import Image
 from p3s_cli import stages
 from p3s_cli.atomic import sha256
 from p3s_cli.benches.cases import Case, Prompt, first_finder
+from p3s_cli.benches.entries import References
 from p3s_cli.evals.scoring import Result, Truth
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
 from p3s_cli.world.readers import BARE
 from p3s_cli.world.render import click, render
-from p3s_cli.world.scenes import BACKGROUNDS, Instance, Scene, describe, lookalike_scene, solo
+from p3s_cli.world.scenes import BACKGROUNDS, Instance, Scene, again, describe, lookalike_scene, solo
 from p3s_cli.world.shapes import CATEGORIES
 
 FIRST_SCENE = 40_000_000  # far from any training seed, and from the demo's
 _FIRST_VIEW = 41_000_000
+_FIRST_PHOTO = 42_000_000
 CALIBRATION = ("true pictures", "true look-alike")
 _VIEWS = 16  # true pictures of each individual
 _DRESSED = (
@@ -48,19 +51,35 @@ def cases(folder: Path, family: Family, count: int, seed: int = 0, quick: bool =
         category = CATEGORIES[k % len(CATEGORIES)]
         number = FIRST_SCENE + 1_000 * seed + k
         scene = lookalike_scene(number, category)
-        directory = folder / f"{k:02d}-{category}"
-        _mask(scene, directory, family)
+        name = f"{k:02d}-{category}"
+        show = functools.partial(_show, folder, name, scene, number, family)
+        directory = show(References())
         asked = prompts(category)
-        made.append(Case(directory, asked[::3] if quick else asked, _truth(directory, family, scene, number)))
+        made.append(Case(directory, asked[::3] if quick else asked, _truth(directory, family, scene, number), show))
     return made
 
 
-def _mask(scene: Scene, directory: Path, family: Family) -> None:
-    pixels, truth = render([scene])
-    photo = directory.with_suffix(".png")
-    images.save_png(photo, images.to_pil(pixels[0]))
-    word = scene.subjects[0].instance.category
-    stages.mask(photo, [click(truth[0, 0])], [click(truth[0, 1])], directory, word, family=family)
+def _show(folder: Path, name: str, scene: Scene, seed: int, family: Family, references: References) -> Path:
+    """The subject directory of a case, masked as asked; further photos show the same two elsewhere."""
+    directory = folder / "-".join(filter(None, (name, references.name)))
+    scenes = [scene, *(again(scene, _FIRST_PHOTO + 10 * (seed - FIRST_SCENE) + k) for k in range(1, references.photos))]
+    pixels, masks = render(scenes)
+    for k in range(references.photos):
+        photo = folder / f"{name}{f'-{k}' if k else ''}.png"
+        images.save_png(photo, images.to_pil(pixels[k]))
+        subject, other = masks[k, 0], masks[k, 1]
+        stages.mask(
+            photo,
+            [click(subject)],
+            [click(other)],
+            directory,
+            scene.subjects[0].instance.category,
+            config=references.masking,
+            truth=stages.Truth(subject.bool(), other.bool()) if references.true_masks else None,
+            inpaint=references.inpaint,
+            family=family,
+        )
+    return directory
 
 
 def _truth(directory: Path, family: Family, scene: Scene, seed: int) -> Truth:

@@ -8,6 +8,7 @@ from p3s_cli.stages.clicks import PhotoClicks, read_clicks
 from p3s_cli.stages.generating import GenerateResult, generate
 from p3s_cli.stages.masking import MaskResult, grid, mask, mask_many
 from p3s_cli.stages.progress import Progress
+from p3s_cli.stages.reference import Truth
 from p3s_cli.stages.sharing import ExportResult, ImportResult, export_subject, import_subject
 from p3s_cli.stages.tuning import FinetuneResult, finetune
 
@@ -19,6 +20,7 @@ __all__ = [
     "MaskResult",
     "PhotoClicks",
     "Progress",
+    "Truth",
     "export_subject",
     "finetune",
     "generate",

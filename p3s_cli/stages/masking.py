@@ -18,7 +18,7 @@ from p3s_cli.sd.family import Family, load
 from p3s_cli.stages import reference as work
 from p3s_cli.stages.clicks import read_clicks
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import Manifest, Reference, Stage, Subject
+from p3s_cli.subject import Manifest, Reference, Stage, Subject, digest
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ def mask(
     vision: str = "clip",
     inpainter: str | None = None,
     preset: str = "default",
+    config: settings.MaskConfig | None = None,
+    truth: work.Truth | None = None,
+    inpaint: bool = True,
     maps: bool = False,
     seed: int = 0,
     device: str = "auto",
@@ -63,12 +66,14 @@ def mask(
     Points are (x, y) pixels of the upright image, or strings "120,88" or "0.3,0.5" (fractions); a box
     (x0, y0, x1, y1) bounds the subject and, without a positive point, stands for one at its middle. Makes
     `output` (default `./<stem>/`) or adds a reference to it; the same photo again replaces its points.
+    For comparisons: `config` overrides the preset's settings, `truth` holds masks that are known, and without
+    `inpaint` the look-alike stays where it is.
     `vision` names the tower the masks are read from, `inpainter` another U-Net to remove the negative with; `maps` also writes eq. 1's similarity maps as a picture.
     Raises InputError for an unreadable photo, a point outside it, or one place marked both ways.
     """
     report = on_progress or silent
     photo, root = Path(photo), Path(output) if output else Path(Path(photo).stem)
-    mask_config, _ = settings.preset(preset)
+    mask_config = config or settings.preset(preset)[0]
     picture = images.load_image(photo)
     clicks = work.Clicks.read(positive, negative, box, *picture.size)
     with writing(root, "p3s mask"), exact(deterministic):
@@ -86,12 +91,16 @@ def mask(
             "vision_fingerprint": tower.fingerprint,
             "inpainter": family.profile.inpainter,
         }
+        if truth is not None:
+            options["truth"] = digest(truth.subject.tolist(), truth.negative.tolist())
+        if not inpaint:
+            options["inpaint"] = False
         stage = Stage(inputs=subject.mask_inputs(reference, options), settings=options, seed=seed, artifacts={})
         unchanged = not force and _is_made(subject, reference, stage)
         with subject.changing() as folder:
             if not unchanged:
                 report("finding the masks", 1, 3)
-                made = work.make(family, tower, picture, clicks, mask_config, seed)
+                made = work.make(family, tower, picture, clicks, mask_config, seed, truth, inpaint)
                 report("writing", 2, 3)
                 reference.mask = work.write(folder, reference, picture, made, stage)
                 _guess(subject, family, picture, made)

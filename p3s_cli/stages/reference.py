@@ -60,6 +60,14 @@ class Clicks:
 
 
 @dataclass(frozen=True)
+class Truth:
+    """Masks that are known, (H, W) bool, to stand in the place of those that the points would give."""
+
+    subject: Tensor
+    negative: Tensor
+
+
+@dataclass(frozen=True)
 class Masked:
     """Selection (maps and masks), inpainted reference, and its latent (4, h, w) in the family's square."""
 
@@ -69,9 +77,16 @@ class Masked:
 
 
 def make(
-    family: Family, tower: VisionTower, picture: Image.Image, clicks: Clicks, config: MaskConfig, seed: int
+    family: Family,
+    tower: VisionTower,
+    picture: Image.Image,
+    clicks: Clicks,
+    config: MaskConfig,
+    seed: int,
+    truth: Truth | None = None,
+    inpaint: bool = True,
 ) -> Masked:
-    """P3S eq. 1-3 for one photo; points in its pixels."""
+    """P3S eq. 1-3 for one photo, points in its pixels. With `truth`, its masks beside the points' similarity maps."""
     pixels = images.to_tensor(picture)
     literal = config.recipe == "paper"
     embed = tower.native_patches if literal else tower.patches
@@ -90,13 +105,16 @@ def make(
         selection = select(pixels, features, positive, negative, config)
     if clicks.box:
         selection = replace(selection, subject=selection.subject & box_mask(clicks.box, size))
-    if not literal:  # eq. 2 as printed often covers both; it warns, and stays what it is, for comparison
+    if truth is not None:
+        selection = replace(selection, subject=truth.subject, negative=truth.negative, warnings=(), confidence=1.0)
+    elif not literal:  # eq. 2 as printed often covers both; it warns, and stays what it is, for comparison
         _check_apart(selection, clicks)
     selection = replace(
         selection, warnings=tuple(dict.fromkeys([*selection.warnings, *_degenerate(selection, clicks)]))
     )
     patch = max(picture.height / features.shape[0], picture.width / features.shape[1])
-    region = fill_region(selection.subject, selection.negative, config.dilate * patch)
+    negative = selection.negative if inpaint else torch.zeros_like(selection.negative)
+    region = fill_region(selection.subject, negative, config.dilate * patch)
     filler = inpainting_filler(family) if region.any() else None
     inpainted = remove_negative(pixels, region, positive, embed, filler, seed, config.attempts)
     square = look(inpainted.image, base_view(selection.subject), family.profile.image_size)

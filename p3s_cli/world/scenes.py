@@ -144,6 +144,13 @@ def lookalike_scene(seed: int, category: str | None = None) -> Scene:
     return Scene(place(rng, pair, accessory_share=0.0), rng.choice(list(BACKGROUNDS)), _look(rng))
 
 
+def again(scene: Scene, seed: int) -> Scene:
+    """The same individuals, nobody wearing anything, in other places and poses in front of something else."""
+    rng = random.Random(seed)
+    placed = place(rng, [s.instance for s in scene.subjects], accessory_share=0.0)
+    return Scene(placed, rng.choice([b for b in BACKGROUNDS if b != scene.background]), _look(rng))
+
+
 def solo(instance: Instance, seed: int, background: str | None = None, accessory: str | None = None) -> Scene:
     """The same individual alone in another scene and pose: what a correct result may look like."""
     rng = random.Random(seed)

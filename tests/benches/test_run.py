@@ -10,7 +10,7 @@ import torch
 
 from p3s_cli import benches, stages
 from p3s_cli.benches import run as running
-from p3s_cli.benches.entries import ABLATIONS, Entry, choose, rivals
+from p3s_cli.benches.entries import ablations, choose, rivals
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.subject import Subject
 from p3s_cli.world.readers import build_identity_encoder, build_label_reader
@@ -91,19 +91,11 @@ def test_interrupted_in_the_middle_it_comes_to_the_same_numbers(subject, tmp_pat
         assert resumed[column] == whole[column]
 
 
-def test_entries_that_differ_in_sampling_share_their_tuning():
-    by_name = {e.name: e for e in ABLATIONS}
-    assert len(by_name) == len(ABLATIONS)
-    assert by_name["weight fixed"].tuning == by_name["p3s"].tuning == Entry("p3s").at_strength(0.5).tuning
-    tuned = {e.tuning for e in ABLATIONS if not e.sampling}
-    assert len(tuned) == len([e for e in ABLATIONS if not e.sampling])
-
-
 def test_names_that_nobody_has_are_refused(subject):
     with pytest.raises(InputError, match="dreambooth"):
         rivals(["dreamboth"], ["p3s", "dreambooth"], ("published",))
     with pytest.raises(InputError, match="without RNGR"):
-        choose(ABLATIONS, ["without everything"], lambda e: e.name)
+        choose(ablations(4.0, 2.0), ["without everything"], lambda e: e.name)
     with pytest.raises(InputError, match=r"\[V\]"):
         benches.evaluate_subject(subject, prompts=["a dog"], device="cpu")
     with pytest.raises(InputError, match="world or dreambench"):

@@ -1,0 +1,130 @@
+"""Every row of the ablation table switches what it names, and nothing else does."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from p3s_cli import stages
+from p3s_cli.benches import world as bench
+from p3s_cli.benches.entries import Entry, ablations
+from p3s_cli.config import ControlConfig, GenerateConfig, WeightSchedule
+from p3s_cli.errors import InputError
+from p3s_cli.evals.metrics import intersection_over_union
+from p3s_cli.methods.binding import Part
+from p3s_cli.methods.p3s import P3S
+from p3s_cli.methods.photos import mask_tensors, read_originals, read_photos
+from p3s_cli.sd.family import load
+from p3s_cli.sd.profile import find
+from p3s_cli.sd.weights import load_tensors
+from p3s_cli.subject import Subject
+from p3s_cli.world.render import render
+from p3s_cli.world.scenes import lookalike_scene
+
+
+@pytest.mark.parametrize("family", ["world", "sd15"])
+def test_no_two_rows_are_the_same_thing_under_two_names(family):
+    profile = find(family)
+    rows = ablations(profile.guidance, profile.subject_guidance)
+    default = {"subject_guidance": profile.subject_guidance, "schedule": "quadratic", "references": 1}
+    what = [(e.control or ControlConfig(), {**default, **e.sampling}, e.references) for e in rows]
+    assert len({e.name for e in rows}) == len({repr(w) for w in what}) == len(rows) and rows[0] == Entry("p3s")
+
+
+def test_rows_share_a_tuned_subject_exactly_where_they_differ_in_sampling_only():
+    rows = {e.name: e for e in ablations(4.0, 2.0)}
+    assert rows["weight fixed"].tuning == rows["p3s"].tuning == Entry("p3s").at_strength(0.5).tuning
+    assert rows["three references"].tuning == rows["three references, all shown"].tuning
+    tuned = [(e.control, e.references) for e in rows.values()]
+    assert len({e.tuning for e in rows.values()}) == len({repr(t) for t in tuned})
+
+
+@pytest.fixture(scope="module")
+def tiny_family(tiny_folder):
+    """The tiny family without its slow inpainter, which is not the question here."""
+    return load(str(tiny_folder), device="cpu", inpainter="classical")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, tiny_family):
+    """The first held-out scene and its true masks."""
+    (made,) = bench.cases(tmp_path_factory.mktemp("cases"), tiny_family, 1, quick=True)
+    assert made.name == "00-dog"
+    return made, render([lookalike_scene(bench.FIRST_SCENE, "dog")])[1][0]
+
+
+@pytest.fixture(scope="module")
+def shown(case):
+    """name -> the opened subject of each way in which the ablations show references."""
+    ways = {e.references.name: e.references for e in ablations(4.0, 2.0)}
+    return {name: Subject.open(case[0].shown(references)) for name, references in ways.items()}
+
+
+def test_true_masks_are_the_worlds_truth_and_the_points_masks_are_not(case, shown):
+    for name, exact in (("true", True), ("", False)):
+        found = mask_tensors(shown[name], shown[name].manifest.references[0])
+        for kind, truth in zip(("subject", "negative"), case[1], strict=False):
+            assert (intersection_over_union(found[kind].bool(), truth) == 1.0) == exact
+
+
+def test_without_inpainting_the_look_alike_stays_and_the_masks_are_the_same(shown):
+    plain, unpainted = (mask_tensors(shown[n], shown[n].manifest.references[0]) for n in ("", "unpainted"))
+    for kind in ("subject", "negative"):
+        assert torch.equal(plain[kind], unpainted[kind])
+    photo = (read_originals(shown["unpainted"])[0].pixels * 255).round().to(torch.uint8)
+    assert torch.equal(unpainted["inpainted"], photo) and not torch.equal(plain["inpainted"], photo)
+    assert shown["unpainted"].manifest.references[0].mask.result["filler"] == "none"
+
+
+def test_eq_2_is_tried_on_raw_and_on_rescaled_similarities(shown):
+    told = {n: shown[n].manifest.references[0].mask.settings for n in ("", "eq2-raw", "eq2-rescaled")}
+    assert [told[n]["recipe"] for n in told] == ["prototypes", "paper", "paper"]
+    assert [told[n]["similarity"] for n in told] == ["raw", "raw", "rescaled"]
+
+
+def test_three_references_show_the_same_two_in_other_places(case, shown):
+    photos = read_photos(shown["three"])
+    assert len(photos) == 3 and len(read_photos(shown[""])) == 1
+    assert len({hash(p.pixels.numpy().tobytes()) for p in photos}) == 3
+    assert torch.equal(photos[0].pixels, read_photos(shown[""])[0].pixels)
+
+
+@pytest.mark.parametrize("name", ["weight learned", "without RNGR", "paper preset"])
+def test_a_row_is_tuned_as_it_says(name, case, tiny_family, tmp_path):
+    entry = next(e for e in ablations(4.0, 2.0) if e.name == name)
+    made = tuned(case, tiny_family, tmp_path / "dog", entry.control)
+    recorded = Subject.open(made).manifest.finetune.settings["config"]["control"]
+    assert recorded == json.loads(json.dumps(entry.control.__dict__))
+
+
+def tuned(case, family, directory, control):
+    stages.mask(next(case[0].subject.parent.glob("*.png")), ["0.5,0.5"], [], directory, "dog", family=family)
+    return stages.finetune(directory, steps=1, family=family, control=control).subject
+
+
+def test_a_learned_weight_is_what_sampling_by_it_injects_with(case, tiny_family, tmp_path):
+    made = Subject.open(tuned(case, tiny_family, tmp_path / "dog", replace(ControlConfig(), learned_weight=True)))
+    tensors, _ = load_tensors(made.path("control/control.safetensors"))
+    generator = torch.Generator().manual_seed(0)
+    for key in [k for k in tensors if k.startswith("zero_")]:  # a single step left them too small to see
+        tensors[key] = torch.randn(tensors[key].shape, generator=generator) * 0.2
+    x, t = torch.randn(1, 4, 8, 8, generator=generator), torch.tensor([700])
+
+    def noise(kind: str, bias: float) -> torch.Tensor:
+        moved = tensors | {k: torch.zeros_like(v) for k, v in tensors.items() if k.startswith("weighting.mlp.2")}
+        moved["weighting.mlp.2.bias"] = torch.tensor([bias])
+        sampling = GenerateConfig(schedule=WeightSchedule(kind))
+        part = Part(made, moved, ControlConfig(learned_weight=True))
+        with P3S().bind_many(tiny_family, [part], sampling) as bound, torch.no_grad():
+            return bound.eps(x, t, bound.encode(["a sks dog"]), True)
+
+    torch.testing.assert_close(noise("learned", 0.0), noise("fixed", 0.0), rtol=0, atol=0)
+    assert (noise("learned", 2.0) - noise("learned", 0.0)).abs().max() > 1e-4
+    assert torch.equal(noise("fixed", 2.0), noise("fixed", 0.0))
+
+
+def test_a_control_without_a_learned_weight_is_not_sampled_by_one(case, tiny_family, tmp_path):
+    made = tuned(case, tiny_family, tmp_path / "dog", None)
+    with pytest.raises(InputError, match="tuned without a learned weight; choose another --schedule"):
+        stages.generate(made, "a [V] dog", n=1, steps=1, schedule="learned", family=tiny_family)
