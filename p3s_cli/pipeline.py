@@ -4,14 +4,14 @@
     pipe("a [V] dog on the beach", num_inference_steps=30, callback_on_step_end=...).images[0]
 
 Everything but the U-Net's forward pass is StableDiffusionPipeline's own: arguments, callbacks, schedulers,
-LoRAs. The subject is injected in both halves of guidance, as `p3s generate` does by default.
+LoRAs. Guidance is that of `p3s generate`, with the subject's part apart from the text's.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from p3s_cli.methods.binding import Part
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family, load
-from p3s_cli.sd.sample import Eps
+from p3s_cli.sd.sample import Eps, guided_noise
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.subject import Subject
 
@@ -77,11 +77,13 @@ class P3SPipeline(StableDiffusionPipeline):
         *args: Any,
         subject_strength: float = 1.0,
         schedule: str = "quadratic",
+        subject_guidance: float | None = None,
         **kwargs: Any,
     ) -> Any:
         """StableDiffusionPipeline's call; `subject_strength` and `schedule` are generate's `strength` and `schedule`.
 
-        Both halves of diffusers' guidance know the subject, which is generate's `subject_guidance` of 1.
+        `guidance_scale` is s_t and `subject_guidance` s_i of `sd.sample.guided_noise`; the latter defaults to the
+        family's, and other than 1 takes a third pass of the U-Net. Without guidance (a scale of 1 or less) s_t is 1.
         """
         family, subjects = self._family(), self.__dict__["_p3s"][1]
         names = [s.manifest.identifier for s in subjects]
@@ -89,15 +91,20 @@ class P3SPipeline(StableDiffusionPipeline):
         edge = family.profile.image_size
         size = kwargs.setdefault("height", edge), kwargs.setdefault("width", edge)
         config = settings.with_schedule(settings.GenerateConfig(strength=subject_strength, size=size), schedule)
-        unet = self.unet
+        unet, strength = self.unet, subject_guidance
+        strength = family.profile.subject_guidance if strength is None else strength
         with P3S().bind_many(family, [_part(s) for s in subjects], config) as generator:
-            self.__dict__["unet"] = _Controlled(unet, generator.eps)
+            # encoded here, for a subject's word is learnt and no tokenizer knows it
+            embeds, empty = (generator.encode(w).to(unet.dtype) for w in (words, [""]))
+            self.__dict__["unet"] = _Controlled(unet, generator.eps, self._scale, strength, empty)
             try:
-                # encoded here, for a subject's word is learnt and no tokenizer knows it
-                embeds = generator.encode(words).to(unet.dtype)
                 return super().__call__(None, *args, prompt_embeds=embeds, **kwargs)
             finally:
                 self.__dict__["unet"] = unet
+
+    def _scale(self) -> float | None:
+        """s_t at this step, which a callback may change; None while guidance is off."""
+        return self.guidance_scale if self.do_classifier_free_guidance else None
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """The base in diffusers' layout, the CLIP pair, and the subjects without their outputs."""
@@ -122,15 +129,32 @@ class P3SPipeline(StableDiffusionPipeline):
 
 
 class _Controlled(nn.Module):
-    """A U-Net as the pipeline calls it, with the subjects inside."""
+    """A U-Net as the pipeline calls it, with the subjects inside and guidance already done.
 
-    def __init__(self, unet: nn.Module, eps: Eps):
+    `scale` tells s_t, None without guidance; `empty` are the states of no text (1, 77, D), for that case.
+    """
+
+    def __init__(
+        self, unet: nn.Module, eps: Eps, scale: Callable[[], float | None], subject_guidance: float, empty: Tensor
+    ):
         super().__init__()
-        self.config, self.dtype, self.device, self._eps = unet.config, unet.dtype, unet.device, eps
+        self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+        self._eps, self._scale, self._subject_guidance, self._empty = eps, scale, subject_guidance, empty
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
-        times = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        return (self._eps(sample, times, encoder_hidden_states, True).to(sample.dtype),)
+        """Under guidance both halves are the guided noise, so that the pipeline's own u + s (t - u) leaves it as it is."""
+        scale = self._scale()
+        halves = 1 if scale is None else 2
+        x = sample.chunk(halves)[-1]
+        empty, text = (
+            encoder_hidden_states.chunk(2)
+            if halves == 2
+            else (self._empty.expand(len(x), -1, -1), encoder_hidden_states)
+        )
+        times = torch.as_tensor(timestep, device=x.device).expand(len(x))
+        s_t = 1.0 if scale is None else scale
+        guided = guided_noise(self._eps, x, times, text, empty, s_t, self._subject_guidance)
+        return (guided.to(sample.dtype).repeat(halves, 1, 1, 1),)
 
 
 def _part(subject: Subject) -> Part:
