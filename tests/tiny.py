@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import p3s_cli
+from p3s_cli.world.readers import build_identity_encoder, build_label_reader
 
 _WORLD = Path(p3s_cli.__file__).parent / "world" / "weights"
 SIZE = 64  # pixels
@@ -55,6 +56,16 @@ def build(folder: Path) -> Path:
     profile = json.loads((_WORLD / "p3s.json").read_text())
     profile |= {"name": "tiny", "inpainter": None, "image_size": SIZE, "feature_layers": [1], "feature_side": 64}
     (folder / "p3s.json").write_text(json.dumps(profile))
+    return folder
+
+
+def build_with_readers(folder: Path) -> Path:
+    """The same family with what `p3s eval` judges by: random readers, and the bundled CLIP, which takes 128 pixels."""
+    build(folder)
+    shutil.copytree(_WORLD / "clip", folder / "clip", dirs_exist_ok=True)
+    torch.manual_seed(0)
+    build_label_reader().save_pretrained(folder / "readers/labels")
+    build_identity_encoder().save_pretrained(folder / "readers/identity")
     return folder
 
 
