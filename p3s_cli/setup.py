@@ -9,12 +9,15 @@ from pathlib import Path
 
 from p3s_cli.config import MEMORY
 from p3s_cli.errors import InputError
+from p3s_cli.evals.models import MetricModel
+from p3s_cli.evals.protocols import PROTOCOLS
 from p3s_cli.methods import memory
 from p3s_cli.sd import family as families
 from p3s_cli.sd import hub
 from p3s_cli.sd import profile as profiles
 from p3s_cli.sd.hub import Part
 
+_FAMILIES = ("world",)  # whose name is a protocol's as well, which has nothing to fetch
 _LIBRARIES = ("torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "peft")
 
 
@@ -100,12 +103,16 @@ def _advice(model: str, device: str, parts: tuple[PartState, ...], needs: dict, 
 
 
 def fetch(model: str = "sd15", vision: str | None = None, on_progress=None) -> list[PartState]:
-    """Bring every part of a family into the cache, and check that each file is what the hub says it is.
+    """Bring every part of a family, or a protocol's metric models, into the cache.
+
+    Of a family it is checked that each file is what the hub says it is.
 
     Parts that are there are only checked; damaged files are fetched anew. An optional part that cannot
     be had is reported as missing. Raises InputError for any other, in one sentence.
     """
     report = on_progress or (lambda what, done, total: None)
+    if model in PROTOCOLS and model not in _FAMILIES:
+        return [_fetch_metric(model, key, report) for key in PROTOCOLS[model].models]
     profile = profiles.find(model, vision)
     hub.lists(profile.base, "safety_checker", online=True)  # brings the index that says which parts there are
     parts = sorted(profile.parts, key=lambda p: p.optional)
@@ -120,6 +127,17 @@ def fetch(model: str = "sd15", vision: str | None = None, on_progress=None) -> l
             states.append(_state(part, "missing"))
     report("done", len(parts), len(parts))
     return states
+
+
+def _fetch_metric(protocol: str, key: str, report) -> PartState:
+    """One metric model of a protocol: loaded once, which fetches it. Raises InputError if it cannot be had."""
+    where, how = PROTOCOLS[protocol].models[key]
+    report(f"fetching {where}", 0, 1)
+    before = hub.snapshot(*hub.split(where))
+    MetricModel(where, how, command=f"p3s fetch {protocol}").load()
+    found = hub.snapshot(*hub.split(where))
+    size = sum(f.stat().st_size for f in found.rglob("*") if f.is_file()) if found else 0
+    return PartState(key, where, found, size, True, "present" if before else "fetched")
 
 
 def _fetch(part: Part) -> PartState:

@@ -58,6 +58,16 @@ BAD = [
     (["mask", "two.png", "--pos", "5,5", "--model", "world", "--device", "tpu"], "no device is called"),
     (["finetune", "nowhere"], "not a subject directory"),
     (["generate", "nowhere", "a [V] dog"], "not a subject directory"),
+    (["eval"], "name a subject directory, or a benchmark"),
+    (["eval", "nowhere"], "not a subject directory"),
+    (["eval", "nowhere", "--protocol", "mine"], "no protocol is called 'mine'; choose one of: dreambooth"),
+    (["eval", "nowhere", "--quick"], "--quick belongs to --bench world"),
+    (["eval", "--bench", "imagenet"], "choose world or dreambench"),
+    (["eval", "--bench", "world", "--protocol", "p3s"], "leave out --protocol"),
+    (["eval", "--bench", "world", "--method", "lore"], "no method is called 'lore'"),
+    (["eval", "--bench", "world", "--ablate", "--only", "nothing"], "nothing here is called 'nothing'"),
+    (["eval", "--bench", "dreambench"], "name the DreamBench folder"),
+    (["eval", "--bench", "dreambench", "."], "is not the DreamBench folder"),
 ]
 
 

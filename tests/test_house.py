@@ -22,9 +22,9 @@ ALLOWED = {
     "segment": {"paper"},
     "stages": {"lock", "methods", "paper", "pictures", "sd", "segment", "subject"},
     "world": {"sd"},
-    "benches": {"stages", "world", "evals", "methods", "sd", "segment", "subject"},
+    "benches": {"stages", "world", "evals", "lock", "methods", "sd", "segment", "subject"},
     "demo": {"stages", "world", "evals", "pictures", "sd"},
-    "setup": {"methods", "sd"},
+    "setup": {"evals", "methods", "sd"},
     "pipeline": {"methods", "sd", "subject"},
     "cli": {"stages", "benches", "demo", "methods", "setup"},  # of methods only the names
 }

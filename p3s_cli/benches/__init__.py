@@ -1,7 +1,7 @@
 """`p3s eval`: what is evaluated (a subject, DreamBench, the drawn world), by whom, and the run that scores it."""
 
+from p3s_cli.benches.ending import EvalResult
 from p3s_cli.benches.evaluate import (
-    EvalResult,
     evaluate,
     evaluate_dreambench,
     evaluate_subject,

@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from p3s_cli import methods, stages
-from p3s_cli.atomic import replacing, sha256
+from p3s_cli.atomic import sha256
 from p3s_cli.benches import world
 from p3s_cli.benches.cases import Case, Prompt, first_finder, subject_case
-from p3s_cli.benches.entries import Entry, ablations, choose, rivals
-from p3s_cli.benches.run import Outcome, Plan, Run
+from p3s_cli.benches.ending import PLOT, EvalResult, finish
+from p3s_cli.benches.entries import ablations, choose, rivals
+from p3s_cli.benches.run import Plan, Run
 from p3s_cli.errors import InputError
-from p3s_cli.evals import dreambench, plot, protocols, report
+from p3s_cli.evals import dreambench, plot, protocols
 from p3s_cli.evals.scoring import Judge, Result, Truth
+from p3s_cli.lock import writing
 from p3s_cli.sd import images
-from p3s_cli.sd.family import load
+from p3s_cli.sd.family import Family, load
 from p3s_cli.stages.progress import silent
 from p3s_cli.subject import Subject
 
 _WORLD_CASES, _QUICK_CASES = 12, 3
 _WORLD_WORK, _DREAMBENCH_WORK = "p3s-bench-world", "p3s-bench-dreambench"
 _QUICK = Plan(images=2, sampling={"steps": 20})
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """`methods`: name -> column -> mean, and `seconds` (tuning a subject) and `seconds_per_image`.
-
-    `intervals`: name -> column -> bootstrap 95 % interval over subjects, where there are several.
-    """
-
-    protocol: str
-    methods: dict[str, dict[str, float | None]]
-    intervals: dict[str, dict[str, tuple[float, float]]]
-    table: tuple[str, ...]
-    scores: Path
-    report: Path
 
 
 def evaluate(
@@ -77,6 +64,8 @@ def evaluate(
         raise InputError("--bench world is scored by the family's own protocol; leave out --protocol")
     if only and not ablate:
         raise InputError("--only names rows of --ablate; add that, or choose methods with --method")
+    if protocol:
+        protocols.protocol(protocol)
     names = methods.NAMES if names and "all" in names else tuple(names or ("p3s",))
     common |= {"on_progress": on_progress}
     if bench is None:
@@ -136,6 +125,7 @@ def evaluate_subject(
     model: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    family: Family | None = None,
     on_progress: stages.Progress | None = None,
 ) -> EvalResult:
     """Draw what is missing of one's own subject, score it, and write `eval/` in its directory.
@@ -143,12 +133,13 @@ def evaluate_subject(
     Raises InputError for a directory without whole masks, and for unknown names.
     """
     root = Path(directory)
-    family = load(model or Subject.open(root).manifest.model, device, dtype)
-    case = subject_case(root, family.vision, prompts or family.profile.prompts)
+    family = family or load(model or Subject.open(root).manifest.model, device, dtype)
     entries = rivals(names or ("p3s",), methods.NAMES, ("published",))
     judge = Judge(protocols.protocol(protocol_name or family.profile.protocol), family.folder, family.device)
-    run = Run(root / "eval", family, judge, Plan(n or Plan.images, seed), on_progress or silent)
-    return _finish(run, entries, run.evaluate(entries, [case]), f"p3s eval {root.resolve().name}")
+    case = subject_case(root, family.vision, prompts or family.profile.prompts)
+    with writing(root, "p3s eval"):
+        run = Run(root / "eval", family, judge, Plan(n or Plan.images, seed), on_progress or silent)
+        return finish(run, entries, run.evaluate(entries, [case]), f"p3s eval {root.resolve().name}", [case])
 
 
 def evaluate_world(
@@ -172,22 +163,23 @@ def evaluate_world(
     """
     root, family = Path(work), load(model, device, dtype)
     judge = Judge(protocols.protocol(family.profile.protocol), family.folder, family.device)
-    plan = _QUICK if quick else Plan()
-    run = Run(root, family, judge, replace(plan, images=n or plan.images), on_progress or silent)
-    made = world.cases(root / "cases", family, _QUICK_CASES if quick else _WORLD_CASES, seed, quick)
-    for number, case in enumerate(made):
-        for line, results in world.calibration(case, number, seed, root / "calibration").items():
-            run.score(line, case, results)
     if ablate:
         rows = ablations(family.profile.guidance, family.profile.subject_guidance)
         entries = choose(rows, names, lambda e: e.name)
     else:
         entries = rivals(names or ("p3s",), methods.NAMES, budgets)
     entries += [e.at_strength(s) for e in entries for s in strengths]
-    outcome = run.evaluate(entries, made)
-    curves = {e.name: (e.label, e.strength) for e in entries}
-    plot.trade_off(root / "trade-off.png", outcome.means, run.judge.protocol, curves, world.CALIBRATION)
-    return _finish(run, entries, outcome, "p3s eval --bench world")
+    plan = _QUICK if quick else Plan()
+    with writing(root, "p3s eval"):
+        run = Run(root, family, judge, replace(plan, images=n or plan.images), on_progress or silent)
+        made = world.cases(root / "cases", family, _QUICK_CASES if quick else _WORLD_CASES, seed, quick)
+        for number, case in enumerate(made):
+            for line, results in world.calibration(case, number, seed, root / "calibration").items():
+                run.score(line, case, results)
+        outcome = run.evaluate(entries, made)
+        curves = {e.name: (e.label, e.strength) for e in entries}
+        plot.trade_off(root / PLOT, outcome.means, run.judge.protocol, curves, world.CALIBRATION)
+        return finish(run, entries, outcome, "p3s eval --bench world", made)
 
 
 def evaluate_dreambench(
@@ -209,22 +201,26 @@ def evaluate_dreambench(
 
     `points` is a JSON file of clicks by subject; without it each first photo is clicked in the middle.
     """
-    root, family = Path(work), load(model, device, dtype)
     sitters = dreambench.read(Path(path), subjects)
     sitters = dreambench.shard(sitters, shard) if shard else sitters
     clicks = _clicks(points, sitters)
-    judge = Judge(protocols.protocol(protocol_name), family.folder, family.device)
-    run = Run(root, family, judge, Plan(n or Plan.images, seed), on_progress or silent)
-    made = []
-    for sitter, at in zip(sitters, clicks, strict=True):
-        directory = root / "cases" / sitter.name
-        stages.mask(sitter.photos[0], at.positive, at.negative, directory, sitter.class_word, at.box, family=family)
-        photos = tuple(images.load_image(p) for p in sitter.photos)
-        finder = first_finder(directory, family.vision)
-        truth = Truth(sitter.name, photos, masked=tuple(map(finder.blackened, photos)), finder=finder)
-        made.append(Case(directory, tuple(map(Prompt, sitter.prompts)), truth))
     entries = rivals(names or ("p3s",), methods.NAMES, ("published",))
-    return _finish(run, entries, run.evaluate(entries, made), "p3s eval --bench dreambench")
+    root, family = Path(work), load(model, device, dtype)
+    judge = Judge(protocols.protocol(protocol_name), family.folder, family.device)
+    with writing(root, "p3s eval"):
+        run = Run(root, family, judge, Plan(n or Plan.images, seed), on_progress or silent)
+        made = [_sitting(root / "cases", sitter, at, family) for sitter, at in zip(sitters, clicks, strict=True)]
+        return finish(run, entries, run.evaluate(entries, made), "p3s eval --bench dreambench", made)
+
+
+def _sitting(folder: Path, sitter: dreambench.Sitter, at: stages.PhotoClicks, family: Family) -> Case:
+    """A sitter's first photo masked, and all its photos as the truth."""
+    directory = folder / sitter.name
+    stages.mask(sitter.photos[0], at.positive, at.negative, directory, sitter.class_word, at.box, family=family)
+    photos = tuple(images.load_image(p) for p in sitter.photos)
+    finder = first_finder(directory, family.vision)
+    truth = Truth(sitter.name, photos, masked=tuple(map(finder.blackened, photos)), finder=finder)
+    return Case(directory, tuple(map(Prompt, sitter.prompts)), truth)
 
 
 def _clicks(points: Path | None, sitters: Sequence[dreambench.Sitter]) -> list[stages.PhotoClicks]:
@@ -245,35 +241,15 @@ def self_check(
 
     For DreamBench under `dreambooth`, published tables have about 0.774 (DINO) and 0.885 (CLIP-I).
     """
-    family, chosen = load(model, device), protocols.protocol(protocol_name)
-    run = Run(Path(work), family, Judge(chosen, family.folder, family.device), Plan(), on_progress or silent)
-    sitters = dreambench.read(Path(path))
-    for k, sitter in enumerate(sitters):
-        run.report(f"real photos: {sitter.name}", k, len(sitters))
-        photos = [images.load_image(p) for p in sitter.photos]
-        for i, file in enumerate(sitter.photos):
-            others = tuple(photo for j, photo in enumerate(photos) if j != i)
-            case = Case(file, (), Truth(sitter.name, others))
-            run.score("real photos", case, [Result(file, sha256(file), f"a {sitter.class_word}", i)])
-    return _finish(run, (), run.outcome(()), "real photos against real photos")
-
-
-def _finish(run: Run, entries: Sequence[Entry], outcome: Outcome, title: str) -> EvalResult:
-    """The table, the page and the numbers."""
-    how = run.judge.protocol
-    page = run.work / "report.html"
-    with replacing(page) as temporary:
-        temporary.write_text(report.html(list(run.rows), outcome.means, how, title), encoding="utf-8")
-    numbers, intervals = {}, {}
-    for method, row in outcome.means.items():
-        tuning, image = outcome.seconds.get(method, (None, None))
-        numbers[method] = {c: mean.value for c, mean in row.items()} | {"seconds": tuning, "seconds_per_image": image}
-        intervals[method] = {c: (mean.low, mean.high) for c, mean in row.items() if mean.low is not None}
-    lines = [*report.lines(outcome.means, how), "", *_given(entries)]
-    return EvalResult(how.name, numbers, intervals, tuple(lines), run.rows.path, page)
-
-
-def _given(entries: Sequence[Entry]) -> list[str]:
-    """What each method sees of a reference, in words under the table."""
-    seen = {entry.method: methods.get(entry.method).given for entry in entries}
-    return [f"{method} was given the reference's {what}" for method, what in seen.items() if what != "nothing"]
+    sitters, chosen = dreambench.read(Path(path)), protocols.protocol(protocol_name)
+    family = load(model, device)
+    with writing(Path(work), "p3s eval"):
+        run = Run(Path(work), family, Judge(chosen, family.folder, family.device), Plan(), on_progress or silent)
+        for k, sitter in enumerate(sitters):
+            run.report(f"real photos: {sitter.name}", k, len(sitters))
+            photos = [images.load_image(p) for p in sitter.photos]
+            for i, file in enumerate(sitter.photos):
+                others = tuple(photo for j, photo in enumerate(photos) if j != i)
+                case = Case(file, (), Truth(sitter.name, others))
+                run.score("real photos", case, [Result(file, sha256(file), f"a {sitter.class_word}", i)])
+        return finish(run, (), run.outcome(()), "real photos against real photos")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,12 +14,14 @@ from p3s_cli.sd import images
 from p3s_cli.sd.vision import VisionTower
 from p3s_cli.segment.select import select
 
+_KEPT = 256  # masks
+
 
 class Finder:
     """Knows one subject by its patches in a reference: photo (3, H, W) in [0, 1], mask (H, W) bool."""
 
     def __init__(self, tower: VisionTower, photo: Tensor, mask: Tensor):
-        self._tower = tower
+        self._tower, self._found = tower, {}
         features = tower.patches(photo)
         inside = F.interpolate(mask[None, None].float(), size=features.shape[:2], mode="area")[0, 0] > 0.5
         inside = inside if inside.any() else torch.ones_like(inside)
@@ -26,8 +30,15 @@ class Finder:
         self._direction = F.normalize(own - rest, dim=0)  # what tells the subject from what surrounded it
 
     def mask(self, picture: Image.Image) -> Tensor:
-        """(H, W) bool."""
-        pixels = images.to_tensor(picture)
+        """(H, W) bool. Several columns ask for the same picture's, so the latest are kept."""
+        key = picture.size, hashlib.sha256(picture.tobytes()).digest()
+        if key not in self._found:
+            self._found[key] = self._find(images.to_tensor(picture))
+            if len(self._found) > _KEPT:
+                del self._found[next(iter(self._found))]
+        return self._found[key]
+
+    def _find(self, pixels: Tensor) -> Tensor:
         features = self._tower.patches(pixels)
         alike = F.normalize(features, dim=-1) @ self._direction
         smooth = F.avg_pool2d(alike[None, None], 3, stride=1, padding=1, count_include_pad=False)[0, 0]

@@ -1,7 +1,7 @@
 """Cases x entries: tune what is not tuned, draw what is not drawn, score what is not scored.
 
     <work>/<tuning>/<case>/   the case's subject, tuned by an entry, with its images
-    <work>/seconds.json       what each tuning and each image took when it was made
+    <work>/measured.json      what each tuning and each image took when it was made, and steps that fit into a time
     <work>/scores.jsonl       one row per image and metric
 
 Everything is found again by what it was made from, so an interrupted run goes on where it stopped.
@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from p3s_cli import stages
@@ -21,7 +21,8 @@ from p3s_cli.atomic import replacing, sha256
 from p3s_cli.benches.cases import Case
 from p3s_cli.benches.entries import Entry
 from p3s_cli.errors import InputError
-from p3s_cli.evals.scores import Mean, Rows, table
+from p3s_cli.evals.report import Seconds
+from p3s_cli.evals.scores import Mean, Row, Rows, table
 from p3s_cli.evals.scoring import Judge, Result
 from p3s_cli.methods import pace
 from p3s_cli.sd.family import Family
@@ -39,10 +40,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`means`: method -> column -> mean. `seconds`: method -> (tuning a subject, one image)."""
+    """`means`: method -> column -> mean. `seconds`: method -> (tuning a subject, one image).
+
+    `budget`: seconds of P3S's tuning, for the methods at equal time; `equal_steps`: those, and the steps that fit.
+    """
 
     means: dict[str, dict[str, Mean]]
-    seconds: dict[str, tuple[float | None, float | None]]
+    seconds: dict[str, Seconds]
+    budget: float | None = None
+    equal_steps: dict[str, int] = field(default_factory=dict)
 
 
 class Run:
@@ -52,31 +58,44 @@ class Run:
         self.work, self.family, self.judge, self.plan, self.report = work, family, judge, plan, report
         self.rows = Rows(work / "scores.jsonl")
         self._ledger = _Ledger(work / "measured.json")
+        self._judged: set[tuple[str, ...]] = set()
+        judge.load()  # before hours of drawing, not after
 
     def evaluate(self, entries: Sequence[Entry], cases: Sequence[Case]) -> Outcome:
         """Every entry on every case. Raises what the stages raise; what was made until then is kept."""
         for number, entry in enumerate(entries):
             for case in cases:
                 self.report(f"{entry.name}: {case.name}", number * len(cases), len(entries) * len(cases))
-                results = self._results(entry, case)
-                self.rows.add(self.judge.judge(entry.name, case.truth, results, self.rows.__contains__))
+                self.score(entry.name, case, self._results(entry, case))
         return self.outcome(entries)
 
     def score(self, method: str, case: Case, results: Sequence[Result]) -> None:
-        """Rows for pictures that no entry made: a calibration line."""
-        self.rows.add(self.judge.judge(method, case.truth, results, self.rows.__contains__))
+        """Rows for these pictures, which an entry made, or none: a calibration line."""
+
+        def known(key: tuple[str, ...]) -> bool:
+            self._judged.add(key)
+            return key in self.rows
+
+        self.rows.add(self.judge.judge(method, case.truth, results, known))
+
+    @property
+    def judged(self) -> list[Row]:
+        """The rows of what took part in this run; the file also keeps those of earlier points, settings and subsets."""
+        return [row for row in self.rows if row.key in self._judged]
 
     def outcome(self, entries: Sequence[Entry]) -> Outcome:
         seconds = {
             e.name: (self._ledger.mean(f"tune/{e.tuning}"), self._ledger.mean(f"image/{e.tuning}")) for e in entries
         }
-        return Outcome(table(self.rows, self.judge.protocol), seconds)
+        steps = {e.name: self._ledger.mean(f"steps/{e.tuning}") for e in entries if e.budget == "equal"}
+        equal = {name: int(n) for name, n in steps.items() if n is not None}
+        return Outcome(table(self.judged, self.judge.protocol), seconds, self._budget() if equal else None, equal)
 
     def _results(self, entry: Entry, case: Case) -> list[Result]:
         subject = self._tuned(entry, case)
         results = []
         for prompt in case.prompts:
-            started = time.monotonic()
+            before, started = set((subject / "outputs").glob("*.png")), time.monotonic()
             made = stages.generate(
                 subject,
                 prompt.text,
@@ -85,8 +104,8 @@ class Run:
                 family=self.family,
                 **(self.plan.sampling or {}) | dict(entry.sampling),
             )
-            if not made.unchanged:
-                self._ledger.add(f"image/{entry.tuning}", prompt.text, (time.monotonic() - started) / self.plan.images)
+            if drawn := len(set(made.images) - before):  # after a kill, fewer than were asked for
+                self._ledger.add(f"image/{entry.tuning}", prompt.text, (time.monotonic() - started) / drawn)
             results += [
                 Result(path, sha256(path), prompt.plain, seed, prompt.labels)
                 for path, seed in zip(made.images, made.seeds, strict=True)
@@ -96,23 +115,24 @@ class Run:
     def _tuned(self, entry: Entry, case: Case) -> Path:
         directory = self.work / entry.tuning / case.name
         _copy_masked(case.shown(entry.references), directory)
-        started = time.monotonic()
+        steps = entry.steps or self._equal_steps(entry, directory)
+        _ = self.family.unet, self.family.vae, self.family.text_encoder, self.family.vision  # loading is no tuning
+        watch = _Watch()
         made = stages.finetune(
-            directory,
-            steps=entry.steps or self._equal_steps(entry, directory),
-            method=entry.method,
-            control=entry.control,
-            family=self.family,
+            directory, steps=steps, method=entry.method, control=entry.control, family=self.family, on_progress=watch
         )
-        if not made.unchanged:
-            self._ledger.add(f"tune/{entry.tuning}", case.name, time.monotonic() - started)
+        if not made.unchanged and (seconds := watch.seconds()):
+            self._ledger.add(f"tune/{entry.tuning}", case.name, seconds)
         return directory
 
+    def _budget(self) -> float | None:
+        return self._ledger.mean(f"tune/{Entry('p3s').tuning}")
+
     def _equal_steps(self, entry: Entry, directory: Path) -> int | None:
-        """Steps that take this method as long as P3S took; None for the published recipe."""
+        """Steps that take this method as long as P3S took on average, its setup included; None for the published recipe."""
         if entry.budget == "published":
             return None
-        budget = self._ledger.mean(f"tune/{Entry('p3s').tuning}")
+        budget = self._budget()
         if budget is None:
             raise InputError("equal time is P3S's own, which this run has not measured; let p3s take part, first")
         known = self._ledger.mean(f"steps/{entry.tuning}")
@@ -124,18 +144,39 @@ class Run:
 
 def _copy_masked(source: Path, target: Path) -> None:
     """The references and their masks, without whatever was tuned on them; not again while they are the same."""
-    wanted = Subject.open(source).manifest
-    if Subject.exists(target) and Subject.open(target).manifest.references == wanted.references:
+    none = {"finetune": None, "generated": []}
+    wanted = Subject.open(source).manifest.model_copy(update=none)
+    if Subject.exists(target) and Subject.open(target).manifest.model_copy(update=none) == wanted:
         return
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source / "references", target / "references")
-    bare = Subject(target, wanted.model_copy(update={"finetune": None, "generated": []}))
+    bare = Subject(target, wanted)
     with bare.changing():  # the references are in place; only the manifest is new
         pass
 
 
+class _Watch:
+    """Times one tuning by its progress. One that goes on from a checkpoint counts as if all its steps had been seen."""
+
+    def __init__(self):
+        self._started, self._first = time.monotonic(), None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what.startswith("tuning"):
+            self._last = (time.monotonic(), done)
+            self._first = self._first or self._last
+
+    def seconds(self) -> float | None:
+        """None if too few steps were left to tell."""
+        whole = time.monotonic() - self._started
+        if self._first is None or self._first[1] <= 1:  # nothing to train, or from the first step on
+            return whole
+        (since, first), (until, last) = self._first, self._last
+        return whole + first * (until - since) / (last - first) if last > first else None
+
+
 class _Ledger:
-    """Measured numbers (seconds, and the steps that fit into them) by kind and name, kept in a file, since a run that goes on did not see the first part."""
+    """Measured numbers (seconds, steps that fit into them) by kind and name, in a file that a run goes on with."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -45,11 +45,13 @@ def _show_part(part: Any) -> str:
 
 @app.command()
 def fetch(
-    model: Annotated[str, typer.Argument(help="Family to fetch, as --model names it.")] = "sd15",
+    model: Annotated[
+        str, typer.Argument(help="Family to fetch, as --model names it, or a protocol of p3s eval.")
+    ] = "sd15",
     vision: OtherVision = None,
     as_json: Json = False,
 ) -> None:
-    """Bring everything a family needs into the cache, and verify it."""
+    """Bring everything a family needs into the cache, and verify it; or the metric models of a protocol."""
     from p3s_cli import setup
 
     run_stage(setup.fetch, as_json, lambda parts: [_show_part(p) for p in parts], model=model, vision=vision)

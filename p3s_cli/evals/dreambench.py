@@ -43,6 +43,9 @@ def read(folder: Path, subjects: Sequence[str] | None = None) -> list[Sitter]:
         if (subjects is None or name in subjects) and photos:
             templates = live if word in _LIVE else objects
             sitters.append(Sitter(name, word, photos, tuple(t.format("[V]", word) for t in templates)))
+    if not sitters:
+        missing = f"{folder / (subjects or list(classes) or ['SUBJECT'])[0]}"
+        raise InputError(f"{folder} holds no photos of its subjects; put them where {missing} should be")
     return sitters
 
 
@@ -56,8 +59,13 @@ def _prompt_lists(text: str) -> tuple[list[str], list[str]]:
 
 
 def shard(items: Sequence[Sitter], which: str) -> list[Sitter]:
-    """`i/n`: every n-th subject, beginning with the i-th (from 1). Raises InputError for anything else."""
+    """`i/n`: every n-th subject, beginning with the i-th (from 1).
+
+    Raises InputError for anything else, and for a shard without subjects.
+    """
     match = re.fullmatch(r"(\d+)/(\d+)", which)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise InputError(f"{which!r} is not a shard; write i/n with i from 1 to n, such as 2/8")
+    if int(match[1]) > len(items):
+        raise InputError(f"shard {which} is empty, as there are {len(items)} subjects; cut no more shards than that")
     return list(items[int(match[1]) - 1 :: int(match[2])])

@@ -54,8 +54,14 @@ class MetricModel:
     DINOv2, the pooled output of a ResNet.
     """
 
-    def __init__(self, where: str, preprocessing: Preprocessing, device: str = "cpu"):
-        self.where, self.preprocessing, self.device = where, preprocessing, device
+    def __init__(self, where: str, preprocessing: Preprocessing, device: str = "cpu", command: str = "p3s fetch"):
+        """`command` is what brings the model, for whom it is missing."""
+        self.where, self.preprocessing, self.device, self.command = where, preprocessing, device, command
+
+    def load(self) -> None:
+        """Load what is otherwise loaded at first use. Raises InputError if it is not at hand."""
+        if isinstance(self._model, CLIPModel):
+            _ = self._tokenizer
 
     @cached_property
     def name(self) -> str:
@@ -98,15 +104,15 @@ class MetricModel:
 
     @cached_property
     def _model(self):
-        kind = CLIPModel if _load(AutoConfig, self.where).model_type == "clip" else AutoModel
-        return _load_model(kind, self.where, self.device)
+        kind = CLIPModel if _load(AutoConfig, self.where, self.command).model_type == "clip" else AutoModel
+        return _load_model(kind, self.where, self.device, self.command)
 
     @cached_property
     def _tokenizer(self) -> CLIPTokenizer:
         folder = Path(self.where)
         beside = folder.parent / "tokenizer"  # a family keeps one tokenizer for both its text towers
         own = not folder.is_dir() or (folder / "tokenizer.json").exists() or not beside.is_dir()
-        return _load(CLIPTokenizer, self.where if own else str(beside))
+        return _load(CLIPTokenizer, self.where if own else str(beside), self.command)
 
 
 class LabelReader:
@@ -137,20 +143,24 @@ def _tensor(features) -> Tensor:
     return getattr(features, "pooler_output", features)  # transformers 5 wraps the vector, 4 does not
 
 
-def _load_model(kind, where: str, device: str):
+def _load_model(kind, where: str, device: str, command: str = "p3s fetch"):
     """Frozen, in float32. Raises InputError if its files lack weights that a score would depend on."""
-    model, info = _load(kind, where, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    model, info = _load(kind, where, command, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
     missing = [key for key in info["missing_keys"] if "pooler." not in key]
     if missing:
         raise InputError(f"the metric model {where} has no weights for {missing[0]}; it is not a model of this kind")
     return model.to(device).eval().requires_grad_(False)
 
 
-def _load(kind, where: str, **options):
+def _load(kind, where: str, command: str, **options):
+    """From a folder, or `owner/name[@revision]` in the hub's cache or on the hub."""
+    source, _, revision = where.partition("@")
+    if revision and not Path(where).is_dir():
+        where, options = source, options | {"revision": revision}
     try:
         return kind.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"the metric model {where} is not on this machine and could not be fetched; "
-            "choose another --protocol, or fetch it once with a network"
+            f"the metric model {where} is not on this machine and could not be fetched; run `{command}` where there "
+            "is a network, or choose another --protocol"
         ) from error

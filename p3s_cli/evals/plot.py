@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
+from p3s_cli.atomic import replacing
 from p3s_cli.evals.protocols import Protocol
 from p3s_cli.evals.scores import Mean
 
@@ -47,4 +48,5 @@ def trade_off(
             plane.axhline(means[row][fidelity].value, linestyle=style, color="grey", label=row)
     plane.set(xlabel=f"{prompt} ({protocol.name})", ylabel=f"{fidelity} ({protocol.name})")
     plane.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

@@ -34,7 +34,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Models by key (a hub id, or a path inside the family's folder), and the columns they give.
+    """Models by key (a hub id, perhaps `@revision`, or a path inside the family's folder), and the columns they give.
 
     `references`: compare with `all` real pictures of a subject, or with its `own` reference only.
     """
@@ -60,7 +60,8 @@ def _pair(image: str, model: str) -> tuple[Metric, ...]:
 # DINO ViT-S/16 CLS and CLIP ViT-B/32, mean over all (generated, real) pairs: what most tables quote.
 _DREAMBOOTH = Protocol(
     "dreambooth",
-    {"dino": ("facebook/dino-vits16", _IMAGENET), "clip": ("openai/clip-vit-base-patch32", _CLIP)},
+    # the branch with safetensors: what is on `main` is a pickle
+    {"dino": ("facebook/dino-vits16@refs/pr/1", _IMAGENET), "clip": ("openai/clip-vit-base-patch32", _CLIP)},
     _pair("DINO", "dino"),
 )
 # P3S-Diffusion, Sec. IV. Its backbones are not stated: DINOv2 base and CLIP ViT-L/14 are our reading.

@@ -6,6 +6,7 @@ import base64
 import io
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
@@ -17,12 +18,20 @@ from p3s_cli.evals.scores import Mean, Row
 _THUMB = 128  # pixels
 _SHOWN = 4  # images of a method for each subject and prompt
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
+h1 { font-size: 1.5rem } h2, summary { font-size: 1.15rem; font-weight: 600; margin: 1.6rem 0 .4rem }
+h3 { font-size: 1rem; font-weight: 400; margin: 1.2rem 0 .3rem } summary { cursor: pointer }
+.wide { overflow-x: auto } table { border-collapse: collapse }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
-th:first-child, td:first-child { text-align: left }
-small { color: #777 } img { width: 128px; height: 128px; object-fit: cover; margin: 1px }
+th:first-child, td:first-child { text-align: left; white-space: nowrap } .words td { text-align: left }
+tbody tr:hover { background: #f6f6f6 } small { color: #666 }
+figure { display: inline-block; margin: 0 1rem .5rem 0 } figcaption { color: #666; font-size: .85rem }
+.shown { width: 128px; height: 128px; object-fit: cover; margin: 1px; vertical-align: top }
+.plot { width: 100%; max-width: 640px } .reference { height: 192px }
 """
+
+Seconds = tuple[float | None, float | None]  # of tuning a subject, of one image; None where it was not seen
+_TIMES = ("tuning, s", "image, s")
 
 
 def columns(means: Mapping[str, Mapping[str, Mean]], protocol: Protocol) -> list[str]:
@@ -33,38 +42,77 @@ def columns(means: Mapping[str, Mapping[str, Mean]], protocol: Protocol) -> list
     return [c for c in order if any(c in row for row in means.values())]
 
 
-def lines(means: Mapping[str, Mapping[str, Mean]], protocol: Protocol) -> list[str]:
-    """A Markdown table; the protocol's name stands above its columns."""
-    names = columns(means, protocol)
-    table = [f"protocol {protocol.name}", "", "| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+def lines(
+    means: Mapping[str, Mapping[str, Mean]], protocol: Protocol, seconds: Mapping[str, Seconds] | None = None
+) -> list[str]:
+    """A Markdown table; the protocol's name stands above its columns, which end with the times."""
+    names, times = columns(means, protocol), seconds or {}
+    head = [*names, *(_TIMES if times else ())]
+    table = [f"protocol {protocol.name}", "", "| method | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for method, row in means.items():
-        table.append(f"| {method} | " + " | ".join(str(row.get(c, "")) for c in names) + " |")
+        cells = [str(row.get(c, "")) for c in names] + _times(times, method)
+        table.append(f"| {method} | " + " | ".join(cells) + " |")
     return table
 
 
-def html(rows: Sequence[Row], means: Mapping[str, Mapping[str, Mean]], protocol: Protocol, title: str) -> str:
+def _times(seconds: Mapping[str, Seconds], method: str) -> list[str]:
+    """The cells of a method's times; none where the table has none."""
+    return ["" if s is None else f"{s:.1f}" for s in seconds.get(method, (None, None))] if seconds else []
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What stands on the page beside the scores.
+
+    `notes`: sentences under the table. `plot`: a picture below them. `references`: subject -> picture of what
+    was asked for.
+    """
+
+    seconds: Mapping[str, Seconds] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    plot: Path | None = None
+    references: Mapping[str, Path] = field(default_factory=dict)
+
+
+def html(
+    rows: Sequence[Row],
+    means: Mapping[str, Mapping[str, Mean]],
+    protocol: Protocol,
+    title: str,
+    extras: Extras | None = None,
+) -> str:
     """The page: the table, how each column was made, and the pictures by subject and prompt."""
-    rows = [row for row in rows if row.protocol == protocol.name]
+    rows, extras = [row for row in rows if row.protocol == protocol.name], extras or Extras()
     return "\n".join(
         [
-            f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>",
+            '<!doctype html><html lang="en"><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width">',
+            f"<title>{escape(title)}</title><style>{_STYLE}</style>",
             f"<h1>{escape(title)}</h1>",
-            *_table(means, protocol),
+            *_table(means, protocol, extras.seconds),
+            *(f"<p><small>{escape(note)}</small></p>" for note in extras.notes),
+            *([_picture(extras.plot, 960, "plot")] if extras.plot else []),
+            *_pictures(rows, extras.references),
             *_provenance(rows),
-            *_pictures(rows),
+            "</html>",
         ]
     )
 
 
-def _table(means: Mapping[str, Mapping[str, Mean]], protocol: Protocol) -> list[str]:
+def _table(means: Mapping[str, Mapping[str, Mean]], protocol: Protocol, seconds: Mapping[str, Seconds]) -> list[str]:
     names = columns(means, protocol)
     head = "".join(f"<th>{escape(c)}<br><small>{escape(protocol.name)}</small></th>" for c in names)
-    body = [
-        f"<tr><td>{escape(method)}</td>" + "".join(f"<td>{_cell(row.get(c))}</td>" for c in names) + "</tr>"
-        for method, row in means.items()
+    head += "".join(f"<th>{c}</th>" for c in _TIMES if seconds)
+    body = []
+    for method, row in means.items():
+        cells = [_cell(row.get(c)) for c in names] + _times(seconds, method)
+        body.append(f"<tr><td>{escape(method)}</td>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+    note = "<p><small>Means over subjects; below them the bootstrap 95 % interval over subjects.</small></p>"
+    return [
+        f'<div class="wide"><table><thead><tr><th>method</th>{head}</tr></thead><tbody>',
+        *body,
+        f"</tbody></table></div>{note}",
     ]
-    note = "<p><small>Means over subjects; in brackets the bootstrap 95 % interval over subjects.</small></p>"
-    return [f"<table><tr><th>method</th>{head}</tr>", *body, "</table>", note]
 
 
 def _cell(mean: Mean | None) -> str:
@@ -78,33 +126,40 @@ def _provenance(rows: Iterable[Row]) -> list[str]:
     made = sorted({(r.metric, r.model, r.fingerprint, r.preprocessing) for r in rows})
     body = ["<tr>" + "".join(f"<td>{escape(part)}</td>" for part in one) + "</tr>" for one in made]
     head = "<tr><th>metric</th><th>model</th><th>fingerprint</th><th>preprocessing</th></tr>"
-    return ["<h2>How each number was made</h2><table>", head, *body, "</table>"]
+    return ['<h2>How each number was made</h2><div class="wide"><table class="words">', head, *body, "</table></div>"]
 
 
-def _pictures(rows: Iterable[Row]) -> list[str]:
+def _pictures(rows: Iterable[Row], references: Mapping[str, Path]) -> list[str]:
+    """A section a subject, of which the first is unfolded."""
     files: dict[str, dict[str, dict[str, list[str]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
         shown = files[row.subject][row.prompt][row.method]
         if row.file not in shown and len(shown) < _SHOWN:
             shown.append(row.file)
     page = []
-    for subject, prompts in files.items():
-        page.append(f"<h2>{escape(subject)}</h2>")
+    for number, (subject, prompts) in enumerate(files.items()):
+        page.append(f"<details{'' if number else ' open'}><summary>{escape(subject)}</summary>")
+        if subject in references:
+            picture = _picture(references[subject], 384, "reference")
+            page.append(f"<figure>{picture}<figcaption>what was asked for</figcaption></figure>")
         for prompt, methods in prompts.items():
-            page.append(f"<h3>{escape(prompt)}</h3><table>")
+            page.append(f'<h3>{escape(prompt)}</h3><div class="wide"><table>')
             for method, shown in methods.items():
-                page.append(f"<tr><td>{escape(method)}</td><td>{''.join(map(_thumbnail, shown))}</td></tr>")
-            page.append("</table>")
+                pictures = "".join(_picture(Path(file), _THUMB, "shown") for file in shown)
+                page.append(f"<tr><td>{escape(method)}</td><td>{pictures}</td></tr>")
+            page.append("</table></div>")
+        page.append("</details>")
     return page
 
 
-def _thumbnail(file: str) -> str:
-    if not Path(file).is_file():
-        return f"<small>{escape(Path(file).name)} is gone</small>"
+def _picture(file: Path, limit: int, kind: str) -> str:
+    """The picture itself, inside the page, at most `limit` pixels wide and high."""
+    if not file.is_file():
+        return f"<small>{escape(file.name)} is gone</small>"
     with Image.open(file) as picture:
         small = picture.convert("RGB")
-    small.thumbnail((_THUMB, _THUMB))
+    small.thumbnail((limit, limit))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{escape(Path(file).name, quote=True)}">'
+    return f'<img class="{kind}" src="data:image/jpeg;base64,{data}" alt="{escape(file.name, quote=True)}">'

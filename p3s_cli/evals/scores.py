@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, pvariance
 
+from p3s_cli.atomic import replacing
 from p3s_cli.evals.protocols import Protocol
 
 _RESAMPLES = 2_000
@@ -58,7 +59,8 @@ class Rows:
             text = path.read_text(encoding="utf-8")
             self._rows = {row.key: row for row in filter(None, map(_parse, text.splitlines()))}
             if text and not text.endswith("\n"):
-                self._write("w", self._rows.values())
+                with replacing(path) as temporary:
+                    _append(temporary, self._rows.values())
 
     def __iter__(self):
         return iter(self._rows.values())
@@ -69,12 +71,13 @@ class Rows:
     def add(self, rows: Iterable[Row]) -> None:
         fresh = [row for row in rows if row.key not in self._rows]
         self._rows |= {row.key: row for row in fresh}
-        self._write("a", fresh)
-
-    def _write(self, mode: str, rows: Iterable[Row]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
+        _append(self.path, fresh)
+
+
+def _append(path: Path, rows: Iterable[Row]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
 
 
 def _parse(line: str) -> Row | None:

@@ -71,7 +71,13 @@ class Judge:
 
     @cached_property
     def models(self) -> dict[str, MetricModel]:
-        return {key: MetricModel(where, how, self._device) for key, (where, how) in self._places.items()}
+        command = f"p3s fetch {self.protocol.name}"
+        return {key: MetricModel(where, how, self._device, command) for key, (where, how) in self._places.items()}
+
+    def load(self) -> None:
+        """Load every model now. Raises InputError for one that is not at hand."""
+        for model in self.models.values():
+            model.load()
 
     @cached_property
     def reader(self) -> LabelReader:

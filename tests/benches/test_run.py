@@ -1,32 +1,31 @@
 """A run makes what is missing and nothing twice, and its numbers are the same however often it was interrupted."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import tiny
-import torch
 
 from p3s_cli import benches, stages
 from p3s_cli.benches import run as running
+from p3s_cli.benches.cases import subject_case
+from p3s_cli.benches.ending import finish
 from p3s_cli.benches.entries import ablations, choose, rivals
 from p3s_cli.errors import InputError, P3SError
+from p3s_cli.evals.protocols import protocol
+from p3s_cli.evals.scoring import Judge
+from p3s_cli.lock import writing
+from p3s_cli.methods.pace import Pace
+from p3s_cli.sd.family import load
 from p3s_cli.subject import Subject
-from p3s_cli.world.readers import build_identity_encoder, build_label_reader
 
 PROMPTS = ("a [V] {} on the beach", "a [V] {} in the snow")
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory, world) -> Path:
+def family(tmp_path_factory) -> Path:
     """Random weights but for CLIP's, the readers too: what is tested is who is compared with whom, and how often."""
-    folder = tiny.build(tmp_path_factory.mktemp("family"))
-    shutil.copytree(world.folder / "clip", folder / "clip", dirs_exist_ok=True)  # the protocol asks for 128 pixels
-    torch.manual_seed(0)
-    build_label_reader().save_pretrained(folder / "readers/labels")
-    build_identity_encoder().save_pretrained(folder / "readers/identity")
-    return folder
+    return tiny.build_with_readers(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture
@@ -59,7 +58,7 @@ def test_a_subject_gets_rows_for_every_image_and_metric_that_can_be_had(subject)
         scores = [r["score"] for r in rows if r["metric"] == metric]
         assert result.methods["p3s"][metric] == pytest.approx(sum(scores) / len(scores))
     assert {r["score"] for r in rows if r["metric"] == "selectivity"} <= {0.0, 1.0}
-    assert result.report.read_text().count("<img") == 4
+    assert result.report.read_text().count("<img") == 4 + 1  # and what was asked for
     assert Subject.open(subject).manifest.finetune is None  # the user's subject was copied and not touched
 
 
@@ -89,6 +88,64 @@ def test_interrupted_in_the_middle_it_comes_to_the_same_numbers(subject, tmp_pat
     whole = evaluate(other, model=Subject.open(subject).manifest.model).methods["p3s"]
     for column in ("selectivity", "identity", "prompt", "CLIP-I", "CLIP-T"):
         assert resumed[column] == whole[column]
+
+
+def test_rows_of_earlier_settings_stay_in_the_file_and_out_of_the_means(subject):
+    evaluate(subject)
+    result = evaluate(subject, seed=5)
+    rows = [json.loads(line) for line in result.scores.read_text().splitlines()]
+    assert {r["seed"] for r in rows} == {0, 1, 5, 6}
+    latest = [r["score"] for r in rows if r["metric"] == "identity" and r["seed"] >= 5]
+    assert result.methods["p3s"]["identity"] == pytest.approx(sum(latest) / 4) and len(latest) == 4
+    assert result.report.read_text().count('class="shown"') == 4
+
+
+def test_a_metric_model_that_is_missing_is_said_before_anything_is_tuned(subject):
+    with pytest.raises(InputError, match="run `p3s fetch dreambooth`"):
+        evaluate(subject, protocol_name="dreambooth")
+    assert not (subject / "eval").exists()
+
+
+def test_two_evaluations_of_one_subject_do_not_mix(subject):
+    with writing(subject, "p3s eval"), pytest.raises(P3SError, match="is being written by p3s eval, process"):
+        evaluate(subject)
+
+
+def test_a_tuning_that_goes_on_counts_as_if_it_had_been_seen_whole(monkeypatch):
+    """Steps 6 to 10 in 10 s after 3 s of setup: the five before them took 10 s more."""
+    clock = iter([100.0, 103.0, 113.0, 114.0])
+    monkeypatch.setattr(running.time, "monotonic", lambda: next(clock))
+    watch = running._Watch()
+    watch("tuning, loss 1", 5, 10)
+    watch("tuning, loss 1", 10, 10)
+    assert watch.seconds() == pytest.approx(14.0 + 10.0)
+
+
+def test_a_tuning_from_the_first_step_on_is_timed_as_it_was(monkeypatch):
+    clock = iter([100.0, 103.0, 114.0])
+    monkeypatch.setattr(running.time, "monotonic", lambda: next(clock))
+    watch = running._Watch()
+    watch("tuning, loss 1", 1, 10)
+    assert watch.seconds() == pytest.approx(14.0)
+
+
+def test_equal_time_is_p3ss_own_tuning_time_and_the_table_says_so(subject, monkeypatch):
+    family, heard = load(Subject.open(subject).manifest.model, "cpu"), []
+    judge = Judge(protocol("world"), family.folder)
+    run = running.Run(subject / "eval", family, judge, running.Plan(1), lambda *_: None)
+    monkeypatch.setattr(running.pace, "measure", lambda *_: Pace(setup=1.0, step=0.5))
+    tune = stages.finetune
+    monkeypatch.setattr(stages, "finetune", lambda *a, **k: (heard.append(k["steps"]), tune(*a, **k | {"steps": 2}))[1])
+    monkeypatch.setattr(running._Watch, "seconds", lambda self: 21.0)
+    case = subject_case(subject, family.vision, PROMPTS[:1])
+    entries = rivals(["p3s", "lora"], ["p3s", "lora"], ("equal",))
+    outcome = run.evaluate(entries, [case])
+    assert heard == [None, 40]  # (21 - 1) / 0.5
+    assert outcome.budget == 21.0 and outcome.equal_steps == {"lora, equal time": 40}
+    result = finish(run, entries, outcome, "title", [case])
+    said = "lora, equal time: 40 steps of tuning, as many as fit"
+    for text in ("\n".join(result.table), result.report.read_text()):
+        assert said in text and "21.0 s" in text and "tuning, s" in text and "lora was given the reference" in text
 
 
 def test_names_that_nobody_has_are_refused(subject):

@@ -2,7 +2,9 @@
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from p3s_cli.cli import app
 from p3s_cli.errors import InputError
 from p3s_cli.evals import dreambench
 
@@ -53,6 +55,15 @@ def test_subsets_and_shards_cover_everyone_once(folder):
     for bad in ("0/2", "3/2", "half"):
         with pytest.raises(InputError, match="i/n"):
             dreambench.shard(everyone, bad)
+
+
+def test_shards_without_subjects_and_subjects_without_photos_are_refused(folder):
+    result = CliRunner().invoke(app, ["eval", "--bench", "dreambench", str(folder), "--shard", "3/3"])
+    assert result.exit_code == 2 and "shard 3/3 is empty, as there are 2 subjects" in result.stderr
+    for photo in folder.glob("*/*.jpg"):
+        photo.unlink()
+    with pytest.raises(InputError, match="holds no photos of its subjects; put them where .*red_ball should be"):
+        dreambench.read(folder)
 
 
 def test_what_is_no_dreambench_is_refused(folder, tmp_path_factory):

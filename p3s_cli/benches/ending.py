@@ -1,0 +1,67 @@
+"""The end of an evaluation: the table, the page and the numbers, and the sentences that say what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from p3s_cli import methods
+from p3s_cli.atomic import replacing
+from p3s_cli.benches.cases import Case
+from p3s_cli.benches.entries import Entry
+from p3s_cli.benches.run import Outcome, Run
+from p3s_cli.evals import report
+
+PLOT = "trade-off.png"
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """`methods`: name -> column -> mean, and `seconds` (tuning a subject) and `seconds_per_image`.
+
+    `intervals`: name -> column -> bootstrap 95 % interval over subjects, where there are several.
+    """
+
+    protocol: str
+    methods: dict[str, dict[str, float | None]]
+    intervals: dict[str, dict[str, tuple[float, float]]]
+    table: tuple[str, ...]
+    scores: Path
+    report: Path
+
+
+def finish(run: Run, entries: Sequence[Entry], outcome: Outcome, title: str, cases: Sequence[Case] = ()) -> EvalResult:
+    """The table, the page and the numbers."""
+    how, notes = run.judge.protocol, [*_given(entries), *_budgets(outcome)]
+    page, drawn = run.work / "report.html", run.work / PLOT
+    asked = {case.name: case.subject / "references/00/overlay.png" for case in cases}
+    extras = report.Extras(outcome.seconds, notes, drawn if drawn.is_file() else None, asked)
+    with replacing(page) as temporary:
+        temporary.write_text(report.html(run.judged, outcome.means, how, title, extras), encoding="utf-8")
+    numbers, intervals = {}, {}
+    for method, row in outcome.means.items():
+        tuning, image = outcome.seconds.get(method, (None, None))
+        numbers[method] = {c: mean.value for c, mean in row.items()} | {"seconds": tuning, "seconds_per_image": image}
+        intervals[method] = {c: (mean.low, mean.high) for c, mean in row.items() if mean.low is not None}
+    lines = [*report.lines(outcome.means, how, outcome.seconds), "", *notes]
+    return EvalResult(how.name, numbers, intervals, tuple(lines), run.rows.path, page)
+
+
+def _given(entries: Sequence[Entry]) -> list[str]:
+    """What each method sees of a reference, in words under the table."""
+    seen = {entry.method: methods.get(entry.method).given for entry in entries}
+    return [f"{method} was given the reference's {what}" for method, what in seen.items() if what != "nothing"]
+
+
+def _budgets(outcome: Outcome) -> list[str]:
+    """What equal time means, in words under the table."""
+    if outcome.budget is None:
+        return []
+    return [
+        "all other rows are tuned by their published or recommended recipe",
+        *(
+            f"{name}: {steps} steps of tuning, as many as fit (setup included) into the {outcome.budget:.1f} s that p3s's tuning took here"
+            for name, steps in outcome.equal_steps.items()
+        ),
+    ]
