@@ -58,10 +58,8 @@ def _budgets(outcome: Outcome) -> list[str]:
     """What equal time means, in words under the table."""
     if outcome.budget is None:
         return []
-    return [
-        "all other rows are tuned by their published or recommended recipe",
-        *(
-            f"{name}: {steps} steps of tuning, as many as fit (setup included) into the {outcome.budget:.1f} s that p3s's tuning took here"
-            for name, steps in outcome.equal_steps.items()
-        ),
+    found = [
+        f"{name}: {steps} steps of tuning, as many as fit (setup included) into the {outcome.budget:.1f} s that p3s's tuning took here"
+        for name, steps in outcome.equal_steps.items()
     ]
+    return [*found, "all other rows are tuned by their published recipe, or by the one the family recommends"]

@@ -168,7 +168,7 @@ def evaluate_world(
         entries = choose(rows, names, lambda e: e.name)
     else:
         entries = rivals(names or ("p3s",), methods.NAMES, budgets)
-    entries += [e.at_strength(s) for e in entries for s in strengths]
+    entries += [e.at_strength(s) for e in entries if e.method != "untuned" for s in strengths]
     plan = _QUICK if quick else Plan()
     with writing(root, "p3s eval"):
         run = Run(root, family, judge, replace(plan, images=n or plan.images), on_progress or silent)

@@ -87,7 +87,9 @@ class Run:
         seconds = {
             e.name: (self._ledger.mean(f"tune/{e.tuning}"), self._ledger.mean(f"image/{e.tuning}")) for e in entries
         }
-        steps = {e.name: self._ledger.mean(f"steps/{e.tuning}") for e in entries if e.budget == "equal"}
+        steps = {
+            e.name: self._ledger.mean(f"steps/{e.tuning}") for e in entries if e.budget == "equal" and e.name == e.label
+        }
         equal = {name: int(n) for name, n in steps.items() if n is not None}
         return Outcome(table(self.judged, self.judge.protocol), seconds, self._budget() if equal else None, equal)
 

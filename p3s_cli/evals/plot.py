@@ -47,6 +47,7 @@ def trade_off(
         if fidelity in means.get(row, {}):
             plane.axhline(means[row][fidelity].value, linestyle=style, color="grey", label=row)
     plane.set(xlabel=f"{prompt} ({protocol.name})", ylabel=f"{fidelity} ({protocol.name})")
-    plane.legend(fontsize=8)
+    if plane.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")

@@ -1,11 +1,14 @@
 """Rows survive a kill, means are derived from them, and each number is one that can be had by hand."""
 
 import json
+import re
 from dataclasses import replace
+from html.parser import HTMLParser
 from statistics import fmean
 
 import pytest
 import torch
+from PIL import Image
 
 from p3s_cli.errors import InputError
 from p3s_cli.evals import report
@@ -77,9 +80,38 @@ def test_protocols_quote_models_that_they_have():
         protocol("mine")
 
 
+class Balanced(HTMLParser):
+    """Fails where a tag is closed that is not open; collects the addresses a page asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.asked = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.asked += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
 def test_the_page_escapes_what_it_is_told_and_needs_no_other_file(tmp_path):
-    hostile = replace(ROW, prompt="<script>alert(1)</script>", method="<b>", file=str(tmp_path / "gone.png"))
-    means = table([hostile], protocol("dreambooth"))
-    page = report.html([hostile], means, protocol("dreambooth"), 'a "title" & more')
-    assert "<script" not in page and "<b>" not in page and "gone.png is gone" in page
-    assert "src=" not in page.replace('src="data:', "") and "href" not in page
+    Image.new("RGB", (300, 200), (9, 90, 200)).save(tmp_path / "a.png")
+    bad = "<script>alert(1)</script>"
+    hostile = replace(ROW, prompt=bad, method="<b>", subject='"><i>', file=str(tmp_path / "gone.png"))
+    rows = [hostile, replace(hostile, file=str(tmp_path / "a.png"), seed=1)]
+    means = table(rows, protocol("dreambooth"))
+    picture = tmp_path / "a.png"
+    extras = report.Extras({"<b>": (12.34, None)}, [f"a note {bad}"], picture, {'"><i>': picture})
+    page = report.html(rows, means, protocol("dreambooth"), 'a "title" & more', extras)
+    assert not re.search("<(script|b|i)>", page) and "gone.png is gone" in page and "<td>12.3</td>" in page
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == [] and len(parser.asked) == 3  # the result, what was asked for, the plot
+    assert all(address.startswith("data:image/jpeg;base64,") for address in parser.asked)
+
+
+def test_a_page_of_bare_rows_has_no_times_and_no_plot():
+    page = report.html([ROW], table([ROW], protocol("dreambooth")), protocol("dreambooth"), "title")
+    assert "tuning, s" not in page and "<img" not in page and "0.500" in page
