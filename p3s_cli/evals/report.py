@@ -18,13 +18,14 @@ from p3s_cli.evals.scores import Mean, Row
 _THUMB = 128  # pixels
 _SHOWN = 4  # images of a method for each subject and prompt
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 92rem; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.5rem } h2, summary { font-size: 1.15rem; font-weight: 600; margin: 1.6rem 0 .4rem }
 h3 { font-size: 1rem; font-weight: 400; margin: 1.2rem 0 .3rem } summary { cursor: pointer }
 .wide { overflow-x: auto } table { border-collapse: collapse }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
-th:first-child, td:first-child { text-align: left; white-space: nowrap } .words td { text-align: left }
-tbody tr:hover { background: #f6f6f6 } small { color: #666 }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; white-space: nowrap }
+td { font-variant-numeric: tabular-nums } .words td, .words th { text-align: left }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
+tbody tr:hover { background: #f6f6f6 } small { color: #666; font-size: .75rem } p { margin: .3rem 0; color: #444; font-size: .9rem }
 figure { display: inline-block; margin: 0 1rem .5rem 0 } figcaption { color: #666; font-size: .85rem }
 .shown { width: 128px; height: 128px; object-fit: cover; margin: 1px; vertical-align: top }
 .plot { width: 100%; max-width: 640px } .reference { height: 192px }
@@ -90,7 +91,7 @@ def html(
             f"<title>{escape(title)}</title><style>{_STYLE}</style>",
             f"<h1>{escape(title)}</h1>",
             *_table(means, protocol, extras.seconds),
-            *(f"<p><small>{escape(note)}</small></p>" for note in extras.notes),
+            *(f"<p>{escape(note)}</p>" for note in extras.notes),
             *([_picture(extras.plot, 960, "plot")] if extras.plot else []),
             *_pictures(rows, extras.references),
             *_provenance(rows),
@@ -107,7 +108,7 @@ def _table(means: Mapping[str, Mapping[str, Mean]], protocol: Protocol, seconds:
     for method, row in means.items():
         cells = [_cell(row.get(c)) for c in names] + _times(seconds, method)
         body.append(f"<tr><td>{escape(method)}</td>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-    note = "<p><small>Means over subjects; below them the bootstrap 95 % interval over subjects.</small></p>"
+    note = "<p>means over subjects; below them the bootstrap 95 % interval over subjects</p>"
     return [
         f'<div class="wide"><table><thead><tr><th>method</th>{head}</tr></thead><tbody>',
         *body,
@@ -118,7 +119,7 @@ def _table(means: Mapping[str, Mapping[str, Mean]], protocol: Protocol, seconds:
 def _cell(mean: Mean | None) -> str:
     if mean is None:
         return ""
-    interval = "" if mean.low is None else f"<br><small>{mean.low:.3f} to {mean.high:.3f}</small>"
+    interval = "" if mean.low is None else f"<br><small>{mean.low:.3f} – {mean.high:.3f}</small>"
     return f"{mean.value:.3f}{interval}"
 
 
