@@ -26,6 +26,7 @@ STEPS = {
     "vision_long": 1_800,
     "unet": 4_800,
     "unet_long": 6_000,
+    "unet_detail": 2_800,
     "labels": 3_000,
     "identity": 1_200,
 }
@@ -37,6 +38,7 @@ BATCH = {
     "vision_long": 96,
     "unet": 32,
     "unet_long": 32,
+    "unet_detail": 32,
     "labels": 96,
     "identity": 128,
 }
@@ -48,6 +50,7 @@ LEARNING_RATE = {
     "vision_long": 7e-4,
     "unet": 5e-4,
     "unet_long": 5e-4,
+    "unet_detail": 5e-4,
     "labels": 3e-3,
     "identity": 2e-3,
 }
@@ -86,11 +89,16 @@ class Pool:
         """(B, 3, 128, 128) in [-1, 1]."""
         return self.images[index.to(self.images.device)].float() / 127.5 - 1
 
-    def captions(self, index: Tensor, generator: torch.Generator, wording: Wording = "full") -> list[str]:
+    def captions(
+        self, index: Tensor, generator: torch.Generator, wording: Wording = "full", complete: float = 0.0
+    ) -> list[str]:
+        """One for each scene; of those with a `full` wording, a share that is `complete` leaves nothing out."""
         salt = torch.randint(2**31, (len(index),), generator=generator).tolist()
         if wording != "full":
             return [short_caption(self.scenes[i], wording) for i in index.tolist()]
-        return [caption(self.scenes[i], s) for i, s in zip(index.tolist(), salt, strict=True)]
+        return [
+            caption(self.scenes[i], s, full=s < complete * 2**31) for i, s in zip(index.tolist(), salt, strict=True)
+        ]
 
     def draw_alike(self, n: int, generator: torch.Generator) -> Tensor:
         """Scenes that share one background."""
