@@ -70,9 +70,27 @@ def attend(
         logits = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
         weights = torch.softmax(logits if bias is None else logits + bias, dim=-1)
         out = weights.to(v.dtype) @ v
+    elif bias is not None and bias.requires_grad:
+        out = _learnt_bias_attention(q, k, v, bias)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
     return attn.to_out[0](out.transpose(1, 2).flatten(2)), weights
+
+
+def _learnt_bias_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v for a bias that needs a gradient, (B, 1, 1, M).
+
+    No fused kernel returns a mask's gradient without a tensor as large as the logits. So the bias stands in the
+    keys, as one more entry that every query multiplies by one; all are widened by 8, as kernels on CUDA ask for.
+    """
+    width, (batch, heads, queries, _) = q.shape[-1], q.shape
+    # minus infinity times the zeros beside it would be no number; this far down a key weighs exactly nothing
+    column = (bias * width**0.5).clamp(min=-6e4).to(k.dtype).transpose(-1, -2).expand(batch, heads, -1, 1)
+    q = torch.cat(
+        [q, q.new_ones(1).expand(batch, heads, queries, 1), q.new_zeros(1).expand(batch, heads, queries, 7)], -1
+    )
+    k = torch.cat([k, column, k.new_zeros(1).expand(batch, heads, k.shape[2], 7)], -1)
+    return F.scaled_dot_product_attention(q, k, F.pad(v, (0, 8)), scale=width**-0.5)[..., :width]
 
 
 class _Recorder:

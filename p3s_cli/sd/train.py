@@ -116,12 +116,17 @@ class _Run:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: Recipe):
         self.parameters, self.recipe, self.step = dict(parameters), recipe, 0
-        groups = [{"params": [p], "lr": recipe.lr * self._scale(name)} for name, p in self.parameters.items()]
+        # one group a rate, for the optimiser works on a group at once
+        rates = {name: recipe.lr * self._scale(name) for name in self.parameters}
+        groups = [
+            {"params": [p for n, p in self.parameters.items() if rates[n] == rate], "lr": rate}
+            for rate in dict.fromkeys(rates.values())
+        ]
         options = {"betas": recipe.betas, "weight_decay": recipe.weight_decay}
         if recipe.optimizer == "adamw8":
             self.optimizer: torch.optim.Optimizer = AdamW8(groups, **options, seed=recipe.seed)
         else:
-            fused = next(iter(self.parameters.values())).is_cuda
+            fused = next(iter(self.parameters.values())).device.type in ("cpu", "cuda")
             self.optimizer = torch.optim.AdamW(groups, **options, fused=fused)
         self.base_rates = [g["lr"] for g in self.optimizer.param_groups]
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if recipe.ema else {}
@@ -194,7 +199,9 @@ class _Run:
             if name in self.ema:
                 self.ema[name].copy_(state[f"ema/{name}"])
             moments = {key: state[f"{key}/{name}"] for key in _MOMENTS if f"{key}/{name}" in state}
-            if moments:  # the count stays on the CPU, where both optimisers read it
-                on_device = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
-                self.optimizer.state[parameter] = on_device
+            if moments:  # a fused optimiser reads its count on the device, the others on the CPU
+                fused = self.optimizer.defaults.get("fused")
+                self.optimizer.state[parameter] = {
+                    k: v if k == "step" and not fused else v.to(parameter.device) for k, v in moments.items()
+                }
         return True

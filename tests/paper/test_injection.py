@@ -129,6 +129,21 @@ def test_explicit_softmax_and_sdpa_agree_and_rows_sum_to_one(unet, states):
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 9))
 
 
+@pytest.mark.parametrize("active", [None, torch.tensor([True, False])])
+def test_a_gate_that_learns_gives_the_same_output_and_gradients_as_a_mask(unet, states, active):
+    """The bias inside the keys against the bias as a mask: outputs, and gradients to z, f and the gate."""
+    attn, found = attention(unet), []
+    for explicit in (False, True):  # the explicit softmax takes the bias as it is
+        z, f = (x.clone().requires_grad_() for x in states)
+        gate = torch.tensor(-1.5, requires_grad=True)
+        injected = Injection({LAYER: f}, {}, torch.full((2,), 0.8), 0.2, {LAYER: gate}, active)
+        out, _ = attend(attn, z, *injected_keys_values(z, [injected], LAYER), explicit)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (z, f, gate))))
+    assert found[0][3] != 0
+    for fused, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
 def noise(unet, control, batch, weight):
     x_t, t, text, latent, vision = batch
     with torch.no_grad(), connected(unet, control):
