@@ -10,7 +10,7 @@ from torch import Tensor
 
 from p3s_cli.config import ControlConfig, GenerateConfig
 from p3s_cli.errors import InputError
-from p3s_cli.methods.conditioning import Condition, condition, reference_view
+from p3s_cli.methods.conditioning import condition, reference_view
 from p3s_cli.methods.photos import read_photos
 from p3s_cli.paper.injection import Injection
 from p3s_cli.paper.model import P3SControl
@@ -32,13 +32,13 @@ class Part:
 
 @dataclass
 class Bound:
-    """A subject's control on the device, and what its copy sees of each reference used, one at a time.
+    """A subject's control on the device, and what its copy sees of each reference used: I'' of eq. 5 (1, C, h, w).
 
     The copy runs at every `reuse`-th step of a trajectory; in between its features are used again.
     """
 
     control: P3SControl
-    seen: list[Condition]
+    seen: list[Tensor]
     strength: float
     words: tuple[str, str]  # identifier and class word
     reuse: int = 1
@@ -52,25 +52,25 @@ class Bound:
         """Raises InputError if the control was trained on another shape of base, or lacks the weight to sample by."""
         if sampling.schedule.kind == "learned" and not part.config.learned_weight:
             raise InputError(f"{part.subject.root} was tuned without a learned weight; choose another --schedule")
-        control = P3SControl(family.unet, family.vision.width, part.config)
+        with torch.device("meta"):  # whatever it starts with is replaced
+            control = P3SControl(family.unet, family.vision.width, part.config)
         try:
             check_layout(layout_of(part.tensors), layout_of(control.state_dict()))
         except ValueError as error:
             raise InputError(
                 f"the control of {part.subject.root} does not fit this base ({error}); tune it again"
             ) from error
-        control.load_state_dict(part.tensors)
+        control.load_state_dict(part.tensors, assign=True)
         control.to(family.device, family.dtype).eval().requires_grad_(False)
         photos = read_photos(part.subject)[: sampling.references]
-        seen = condition(
-            family, photos, [reference_view(p.mask, part.config) for p in photos], part.config, sampling.size
-        )
-        seen = Condition(seen.latent.to(family.dtype), seen.vision.to(family.dtype))
+        views = [reference_view(p.mask, part.config) for p in photos]
+        given = condition(family, photos, views, part.config, sampling.size)
+        with torch.no_grad():
+            seen = control.see(given.latent.to(family.dtype), given.vision.to(family.dtype))
         manifest = part.subject.manifest
         words = manifest.identifier, manifest.class_word
         learned = control.weighting if sampling.schedule.kind == "learned" else None
-        pieces = [seen[i : i + 1] for i in range(len(photos))]
-        return cls(control, pieces, part.strength, words, sampling.reuse, learned)
+        return cls(control, list(seen.split(1)), part.strength, words, sampling.reuse, learned)
 
     def injections(self, x_t: Tensor, t: Tensor, states: Tensor, weight: float) -> list[Injection]:
         """P3S eq. 6 for each reference; together they take the place of one."""
@@ -83,7 +83,6 @@ class Bound:
         self._age, self._last = self._age + 1, float(t[0])
         return [replace(kept, weight=weights) for kept in self._kept]
 
-    def _inject(self, x_t: Tensor, t: Tensor, states: Tensor, weights: Tensor, seen: Condition) -> Injection:
-        given = seen.repeat(len(x_t))
-        injection, _ = self.control.inject(x_t, t, states, given.latent, given.vision, weights)
+    def _inject(self, x_t: Tensor, t: Tensor, states: Tensor, weights: Tensor, seen: Tensor) -> Injection:
+        injection, _ = self.control.inject(x_t, t, states, seen, weights)
         return replace(injection, share=1 / len(self.seen))

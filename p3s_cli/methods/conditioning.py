@@ -28,9 +28,6 @@ class Condition:
     def __getitem__(self, index: Tensor | slice) -> Condition:
         return Condition(self.latent[index], self.vision[index])
 
-    def repeat(self, n: int) -> Condition:
-        return Condition(self.latent.expand(n, -1, -1, -1), self.vision.expand(n, -1, -1))
-
 
 def condition(
     family: Family,

@@ -163,7 +163,8 @@ class _Loss:
         weight = torch.ones(n, device=self.device) if self.control.weighting is None else self.control.weighting(t)
         maps = config.attention_loss != "off"
         with torch.autocast(self.device.split(":")[0], self.autocast, enabled=self.autocast != torch.float32):
-            injection, copy_maps = self.control.inject(x_t, t, states, seen.latent, seen.vision, weight, active, maps)
+            reference = self.control.see(seen.latent, seen.vision)
+            injection, copy_maps = self.control.inject(x_t, t, states, reference, weight, active, maps)
             predicted = controlled_noise(self.unet, x_t, t, states, injection)
         denoising = denoising_loss(predicted, noise, config.background_weight + (1 - config.background_weight) * inside)
         if config.preserve:

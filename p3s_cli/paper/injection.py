@@ -53,18 +53,47 @@ class Injection:
     maps: dict[str, Tensor] = field(default_factory=dict)
 
 
+class TextKeys:
+    """One layer's keys and values of the text. While sampling the same states come at every step: projected once.
+
+    Two are known at a time, because guidance has passes with the subject and without.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
+        """states (B, 77, D), recognised as the very same tensor -> keys, values (B, heads, 77, d)."""
+        for known, keys, values in self._known:
+            if known is states:
+                return keys, values
+        keys, values = _heads(attn, attn.to_k, states), _heads(attn, attn.to_v, states)
+        if not torch.is_grad_enabled():  # training draws other texts at every step
+            self._known = [*self._known[-1:], (states, keys, values)]
+        return keys, values
+
+
+def _heads(attn: Attention, projection: torch.nn.Module, x: Tensor) -> Tensor:
+    return projection(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+
+
 def attend(
-    attn: Attention, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, explicit: bool
+    attn: Attention,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    explicit: bool,
+    text: TextKeys | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One attention layer with its own projections: (B, N, C) queries over (B, M, *) keys and values.
 
     `bias` broadcasts to (B, heads, N, M). With `explicit`, P3S eq. 13's softmax is computed in fp32 and
-    returned as well; otherwise scaled_dot_product_attention does the work.
+    returned as well; otherwise scaled_dot_product_attention does the work. `text` takes the projections of `keys`
+    and `values`, which are text states then, from the steps before.
     """
-    q, k, v = (
-        projection(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        for projection, x in ((attn.to_q, query), (attn.to_k, keys), (attn.to_v, values))
-    )  # (B, heads, N | M, d)
+    q = _heads(attn, attn.to_q, query)
+    k, v = text(attn, keys) if text else (_heads(attn, attn.to_k, keys), _heads(attn, attn.to_v, values))
     weights = None
     if explicit:
         logits = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -97,7 +126,7 @@ class _Recorder:
     """The copy's processor: plain attention that also writes down what eq. 6 and eq. 13 ask for."""
 
     def __init__(self, name: str):
-        self.name = name
+        self.name, self.text = name, TextKeys()
 
     def __call__(
         self,
@@ -108,8 +137,9 @@ class _Recorder:
         temb: Tensor | None = None,
         p3s: Recording | None = None,
     ) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        out, weights = attend(attn, hidden_states, context, context, None, p3s is not None and self.name in p3s.wanted)
+        context, text = (hidden_states, None) if encoder_hidden_states is None else (encoder_hidden_states, self.text)
+        explicit = p3s is not None and self.name in p3s.wanted
+        out, weights = attend(attn, hidden_states, context, context, None, explicit, text)
         if p3s is not None:
             if encoder_hidden_states is None:
                 p3s.self_inputs[self.name] = hidden_states
@@ -124,7 +154,7 @@ class _Receiver:
     """The frozen U-Net's processor: P3S eq. 7-8 in self-attention, the enhancement in cross-attention."""
 
     def __init__(self, name: str):
-        self.name = name
+        self.name, self.text = name, TextKeys()
 
     def __call__(
         self,
@@ -135,13 +165,13 @@ class _Receiver:
         temb: Tensor | None = None,
         p3s: Sequence[Injection] = (),
     ) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        context, text = (hidden_states, None) if encoder_hidden_states is None else (encoder_hidden_states, self.text)
         explicit = [i for i in p3s if self.name in i.wanted]
         if p3s and encoder_hidden_states is None:
             keys, values, bias = injected_keys_values(hidden_states, p3s, self.name)
             out, weights = attend(attn, hidden_states, keys, values, bias, bool(explicit))
         else:
-            out, weights = attend(attn, hidden_states, context, context, None, bool(explicit))
+            out, weights = attend(attn, hidden_states, context, context, None, bool(explicit), text)
             for injection in p3s:
                 # in the layer's own precision: a CPU's layer norm takes no float32 beside bfloat16 weights
                 out = out + (_weight(injection) * injection.share * injection.cross[self.name]).to(out.dtype)

@@ -60,26 +60,28 @@ class P3SControl(nn.Module):
         """
         return states if self.word is None else states + strength * where[..., None] * self.word.to(states.dtype)
 
+    def see(self, latent: Tensor, vision: Tensor) -> Tensor:
+        """P3S eq. 4-5: I'' (B, C, h, w) of a reference's latent I' and its vision states c_s (B, M, Dv)."""
+        return latent if self.rngr is None else self.rngr(latent, vision)
+
     def inject(
         self,
         x_t: Tensor,
         t: Tensor,
         text: Tensor,
-        latent: Tensor,
-        vision: Tensor,
+        seen: Tensor,
         weight: Tensor,
         active: Tensor | None = None,
         maps: bool = False,
     ) -> tuple[Injection, dict[str, Tensor]]:
         """P3S eq. 6 for every layer: run the copy on x_t + I'' and pass its states through the zero convolutions.
 
-        x_t, latent (B, C, h, w); t (B,); text (B, 77, D); vision (B, M, Dv); weight (B,) is eps_t; active
+        x_t, seen (B, C, h, w), the latter I'' of `see`; t (B,); text (B, 77, D); weight (B,) is eps_t; active
         (B,) bool. Returns the injection and, with `maps`, eq. 13's M_c by the frozen layer it answers to.
         """
         wanted = frozenset(self.map_layers) if maps else frozenset()
         recording = Recording(wanted=frozenset(self.speaks_to[n] for n in wanted))
-        biased = latent if self.rngr is None else self.rngr(latent, vision)
-        self.copy(x_t + biased, t, text, cross_attention_kwargs={"p3s": recording})
+        self.copy(x_t + seen, t, text, cross_attention_kwargs={"p3s": recording})
         injection = Injection(
             features={n: self.zero_self[_key(n)](recording.self_inputs[self.speaks_to[n]]) for n in self.self_layers},
             cross={n: self.zero_cross[_key(n)](recording.cross_outputs[self.speaks_to[n]]) for n in self.cross_layers},

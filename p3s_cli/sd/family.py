@@ -153,6 +153,10 @@ class Family:
 
     def fingerprint(self) -> str:
         """sha256 over the files of U-Net, VAE and text encoder: what a trained control belongs to."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         base = Path(self.profile.base)
         if base.is_file():
             return sha256(base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import diffusers
 import torch
@@ -64,31 +65,38 @@ def build_scheduler(name: str, config: dict) -> diffusers.SchedulerMixin:
         raise InputError(f"the scheduler {name} needs a library that is missing ({error}); choose another") from error
 
 
-def guided_noise(
-    eps: Eps,
-    x: Tensor,
-    t: Tensor,
-    text: Tensor,
-    empty: Tensor,
-    guidance: float,
-    subject_guidance: float,
-    control: Control | None = None,
-) -> Tensor:
-    """eps_u + s_i (eps_i - eps_u) + s_t (eps_t - eps_i): u knows neither, i the subject, t subject and text.
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of guidance: its terms' text states (n B, 77, D) and coefficients (n), with the subject or not."""
 
-    s_t is `guidance`, s_i `subject_guidance`. Passes whose coefficient is zero are not run: s_i = 1
-    needs no u, s_i = s_t no i. `empty` may hold a negative prompt's states. `control` speaks in every pass,
-    as in diffusers.
+    states: Tensor
+    coefficients: tuple[float, ...]
+    with_subject: bool
+
+
+def passes(text: Tensor, empty: Tensor, guidance: float, subject_guidance: float) -> list[Pass]:
+    """The passes of eps_u + s_i (eps_i - eps_u) + s_t (eps_t - eps_i): u knows neither, i the subject, t both.
+
+    s_t is `guidance`, s_i `subject_guidance`. Terms whose coefficient is zero are left out: s_i = 1
+    needs no u, s_i = s_t no i. `empty` may hold a negative prompt's states.
     """
     terms = [(1 - subject_guidance, empty, False), (subject_guidance - guidance, empty, True), (guidance, text, True)]
-    total = torch.zeros_like(x)
+    found = []
     for with_subject in (False, True):
         chosen = [(c, states) for c, states, s in terms if s == with_subject and c != 0]
         if chosen:
-            n = len(chosen)
-            given = x.repeat(n, 1, 1, 1), t.repeat(n), torch.cat([states for _, states in chosen])
-            out = eps(*given, with_subject, **({"residuals": control(*given)} if control else {}))
-            total = total + sum(c * part for (c, _), part in zip(chosen, out.chunk(n), strict=True))
+            found.append(Pass(torch.cat([s for _, s in chosen]), tuple(c for c, _ in chosen), with_subject))
+    return found
+
+
+def guided_noise(eps: Eps, x: Tensor, t: Tensor, made: Sequence[Pass], control: Control | None = None) -> Tensor:
+    """The noise of `passes`, summed. `control` speaks in every pass, as in diffusers."""
+    total = torch.zeros_like(x)
+    for one in made:
+        n = len(one.coefficients)
+        given = x.repeat(n, 1, 1, 1), t.repeat(n), one.states
+        out = eps(*given, one.with_subject, **({"residuals": control(*given)} if control else {}))
+        total = total + sum(c * part for c, part in zip(one.coefficients, out.chunk(n), strict=True))
     return total
 
 
@@ -120,12 +128,13 @@ def sample(
     scheduler.set_timesteps(steps, device=device)
     noise, generators = initial_noise(seeds, shape)
     x = noise.to(device) * scheduler.init_noise_sigma
-    empty = empty.expand_as(text)
+    # made once, so that what depends on the text alone is recognised and computed once
+    made = passes(text, empty.expand_as(text), guidance, subject_guidance)
     extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for i, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(x, t)
         times = t.to(device).expand(len(x))
-        predicted = guided_noise(eps, scaled, times, text, empty, guidance, subject_guidance, control)
+        predicted = guided_noise(eps, scaled, times, made, control)
         x = scheduler.step(predicted, t, x, return_dict=False, **extra)[0]
         if on_step:
             on_step(i + 1, len(scheduler.timesteps))

@@ -147,7 +147,7 @@ def test_a_gate_that_learns_gives_the_same_output_and_gradients_as_a_mask(unet, 
 def noise(unet, control, batch, weight):
     x_t, t, text, latent, vision = batch
     with torch.no_grad(), connected(unet, control):
-        injected, _ = control.inject(x_t, t, text, latent, vision, torch.full((2,), weight))
+        injected, _ = control.inject(x_t, t, text, control.see(latent, vision), torch.full((2,), weight))
         return controlled_noise(unet, x_t, t, text, injected)
 
 
@@ -187,11 +187,34 @@ def test_within_the_seam_the_plain_pass_is_diffusers_own(unet, batch):
         torch.testing.assert_close(unet(*batch[:3]).sample, base, rtol=1e-5, atol=1e-6)
 
 
+def test_text_is_projected_once_for_as_long_as_the_same_states_come_back(unet, make_control, batch):
+    """Two passes of guidance in turn, over steps: one projection a pass and layer, and the very same noise."""
+    x_t, t, text, latent, vision = batch
+    control, empty, calls = make_control(trained=True), torch.randn_like(text), []
+    layers = [m for u in (unet, control.copy) for n, m in u.named_modules() if n.endswith("attn2")]
+    for layer in layers:
+        layer.to_k.register_forward_hook(lambda *_: calls.append(1))
+
+    def step(states):
+        injected, _ = control.inject(x_t, t, states, control.see(latent, vision), torch.ones(2))
+        return controlled_noise(unet, x_t, t, states, injected)
+
+    with torch.no_grad(), connected(unet, control):
+        first, second = ([step(text), step(empty)] for _ in range(2))
+        assert len(calls) == 2 * len(layers)
+        again = step(text.clone())  # equal, but not known to be
+        assert len(calls) == 3 * len(layers)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and torch.equal(again, first[0])
+    with connected(unet, control):  # another seam has forgotten, and training knows nothing
+        step(text), step(text)
+    assert len(calls) == 5 * len(layers)
+
+
 def test_gradients_reach_every_trained_part_and_no_frozen_one(unet, make_control, batch):
     control = make_control(trained=True)
     x_t, t, text, latent, vision = batch
     with connected(unet, control):
-        injected, maps = control.inject(x_t, t, text, latent, vision, torch.ones(2), maps=True)
+        injected, maps = control.inject(x_t, t, text, control.see(latent, vision), torch.ones(2), maps=True)
         loss = F.mse_loss(controlled_noise(unet, x_t, t, text, injected), x_t) + sum(
             m.square().sum() for m in maps.values()
         )
@@ -207,7 +230,7 @@ def test_maps_of_the_last_layer_only_or_of_all(unet, make_control, batch):
     for layers, expected in (("last", 1), ("all", 11)):
         control = make_control(attention_layers=layers)
         with torch.no_grad(), connected(unet, control):
-            injected, maps = control.inject(x_t, t, text, latent, vision, torch.ones(2), maps=True)
+            injected, maps = control.inject(x_t, t, text, control.see(latent, vision), torch.ones(2), maps=True)
             controlled_noise(unet, x_t, t, text, injected)
         assert len(maps) == expected and maps.keys() == injected.maps.keys()
     assert maps["up_blocks.1.attentions.2.transformer_blocks.0.attn2"].shape == (2, 4, 256, 77)

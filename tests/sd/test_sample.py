@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from p3s_cli.errors import InputError
 from p3s_cli.paper.injection import attention_seam
 from p3s_cli.sd import text
-from p3s_cli.sd.sample import SCHEDULERS, build_scheduler, guided_noise, initial_noise, sample
+from p3s_cli.sd.sample import SCHEDULERS, build_scheduler, guided_noise, initial_noise, passes, sample
 
 
 def toy_eps(calls):
@@ -22,7 +22,7 @@ def toy_eps(calls):
 
 
 @pytest.mark.parametrize(
-    ("s_t", "s_i", "passes"),
+    ("s_t", "s_i", "expected"),
     [
         (7.5, 1.0, [(2, True)]),
         (7.5, 7.5, [(1, False), (1, True)]),
@@ -30,11 +30,13 @@ def toy_eps(calls):
         (1.0, 1.0, [(1, True)]),
     ],
 )
-def test_guidance_is_its_formula_and_runs_only_the_passes_it_needs(s_t, s_i, passes):
+def test_guidance_is_its_formula_and_runs_only_the_passes_it_needs(s_t, s_i, expected):
     calls, x = [], torch.zeros(1, 4, 2, 2)
-    out = guided_noise(toy_eps(calls), x, torch.tensor([5]), torch.ones(1, 77, 3), torch.zeros(1, 77, 3), s_t, s_i)
+    out = guided_noise(
+        toy_eps(calls), x, torch.tensor([5]), passes(torch.ones(1, 77, 3), torch.zeros(1, 77, 3), s_t, s_i)
+    )
     torch.testing.assert_close(out, torch.full_like(x, 1 + s_i * (10 - 1) + s_t * (100 - 10)))
-    assert calls == passes
+    assert calls == expected
 
 
 def test_ddim_with_guidance_equals_the_diffusers_pipeline(world):
