@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["P3SPipeline", "demo", "export_subject", "finetune", "generate", "import_subject", "mask"]
+__all__ = ["P3SPipeline", "demo", "export_subject", "finetune", "finetune_many", "generate", "import_subject", "mask"]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,8 +39,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
 
 
-def run_stage(stage: Callable[..., Any], as_json: bool, show: Callable[[Any], list[str]], **arguments: Any) -> None:
-    """Call a library function with a progress bar; print its result, or one sentence and an exit code."""
+def run_stage(stage: Callable[..., Any], as_json: bool, show: Callable[[Any], list[str]], **arguments: Any) -> Any:
+    """Call a library function with a progress bar; print its result, or one sentence and an exit code. Returns it."""
     try:
         with _progress() as on_progress:
             result = stage(**arguments, on_progress=on_progress)
@@ -54,6 +54,7 @@ def run_stage(stage: Callable[..., Any], as_json: bool, show: Callable[[Any], li
         print(json.dumps(_plain(result), default=str))
     else:
         print("\n".join(show(result)))
+    return result
 
 
 def _plain(result: Any) -> Any:

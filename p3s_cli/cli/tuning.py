@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,15 +18,20 @@ from p3s_cli.cli.shared import (
     Memory,
     OtherModel,
     Seed,
-    SubjectDir,
     run_stage,
 )
+from p3s_cli.errors import InputError
 from p3s_cli.methods import NAMES
 
 
 @app.command()
 def finetune(
-    subject_dir: SubjectDir,
+    subject_dirs: Annotated[
+        list[Path] | None, typer.Argument(help="Subject directory made by `p3s mask`; several share one process.")
+    ] = None,
+    jobs: Annotated[
+        Path | None, typer.Option(help="Text file with a subject directory a line, relative to the file.")
+    ] = None,
     method: Annotated[str, typer.Option(help=f"{', '.join(NAMES[:-1])} or {NAMES[-1]}.")] = "p3s",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default the method's.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate; default the method's.")] = None,
@@ -44,20 +51,7 @@ def finetune(
     """Teach the model this very subject. An interrupted run goes on where it stopped."""
     from p3s_cli import stages
 
-    def show(result: Any) -> list[str]:
-        state = (
-            "unchanged since it was tuned"
-            if result.unchanged
-            else f"tuned for {result.steps} steps (memory profile {result.memory}), last loss {result.loss:.4f}"
-        )
-        warnings = [f"warning: {w}" for w in result.warnings]
-        return [*warnings, f"{result.subject}: {state}", f'now: p3s generate {result.subject} "a [V] ... on the beach"']
-
-    run_stage(
-        stages.finetune,
-        as_json,
-        show,
-        subject_dir=subject_dir,
+    options = dict(
         method=method,
         steps=steps,
         lr=lr,
@@ -71,3 +65,33 @@ def finetune(
         force=force,
         deterministic=deterministic,
     )
+    if jobs is None and subject_dirs and len(subject_dirs) == 1:
+        run_stage(stages.finetune, as_json, _show, subject_dir=subject_dirs[0], **options)
+        return
+
+    def many(**arguments: Any) -> list[Any]:
+        named = [*(subject_dirs or ()), *(stages.read_jobs(jobs) if jobs else ())]
+        if not named:
+            raise InputError("name a subject directory, or a file of them with --jobs")
+        return stages.finetune_many(named, **arguments)
+
+    results = run_stage(many, as_json, lambda made: [line for r in made for line in _show_any(r)], **options)
+    failed = [r for r in results if isinstance(r, stages.Failed)]
+    for one in failed:
+        print(f"p3s: {one.subject}: {one.error}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(min(r.exit_code for r in failed))  # a fault (1) weighs more than bad input (2)
+
+
+def _show_any(result: Any) -> list[str]:
+    return [f"{result.subject}: failed"] if hasattr(result, "error") else _show(result)
+
+
+def _show(result: Any) -> list[str]:
+    state = (
+        "unchanged since it was tuned"
+        if result.unchanged
+        else f"tuned for {result.steps} steps (memory profile {result.memory}), last loss {result.loss:.4f}"
+    )
+    warnings = [f"warning: {w}" for w in result.warnings]
+    return [*warnings, f"{result.subject}: {state}", f'now: p3s generate {result.subject} "a [V] ... on the beach"']

@@ -6,6 +6,7 @@ changed (unless `force`), and reports through `on_progress(what, done, total)`. 
 
 from p3s_cli.stages.clicks import PhotoClicks, read_clicks
 from p3s_cli.stages.generating import GenerateResult, generate
+from p3s_cli.stages.many import Failed, finetune_many, read_jobs
 from p3s_cli.stages.masking import MaskResult, grid, mask, mask_many
 from p3s_cli.stages.progress import Progress
 from p3s_cli.stages.reference import Truth
@@ -14,6 +15,7 @@ from p3s_cli.stages.tuning import FinetuneResult, finetune
 
 __all__ = [
     "ExportResult",
+    "Failed",
     "FinetuneResult",
     "GenerateResult",
     "ImportResult",
@@ -23,10 +25,12 @@ __all__ = [
     "Truth",
     "export_subject",
     "finetune",
+    "finetune_many",
     "generate",
     "grid",
     "import_subject",
     "mask",
     "mask_many",
+    "read_jobs",
     "read_clicks",
 ]

@@ -1,0 +1,61 @@
+"""Many subjects in one process: the bytes of single processes, and one failure is no other's."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+import p3s_cli
+from p3s_cli import stages
+from p3s_cli.cli import app
+from p3s_cli.errors import InputError
+from p3s_cli.stages import many
+
+CONTROL = "control/control.safetensors"
+
+
+@pytest.fixture
+def pair_of_subjects(tmp_path, tiny_folder, tiny_family):
+    """Two masked subjects that differ, in `one` and `two`."""
+    photo = tiny.photo(tmp_path / "photo.png")
+    for name, (positive, negative) in {"one": ("18,32", "46,32"), "two": ("46,32", "18,32")}.items():
+        stages.mask(photo, [positive], [negative], tmp_path / name, "thing", model=str(tiny_folder), family=tiny_family)
+    return tmp_path
+
+
+def test_two_in_one_process_are_the_bytes_of_two_processes_and_load_the_base_once(pair_of_subjects, monkeypatch):
+    home, loads, load = pair_of_subjects, [], many.load
+    shutil.copytree(home / "two", home / "alone")
+    monkeypatch.setattr(many, "load", lambda *args: loads.append(args) or load(*args))
+    results = stages.finetune_many([home / "one", home / "two"], steps=2, device="cpu")
+    assert [r.subject.name for r in results] == ["one", "two"] and len(loads) == 1
+    command = [sys.executable, "-m", "p3s_cli.cli", "finetune", str(home / "alone"), "--steps", "2", "--device", "cpu"]
+    path = {"PYTHONPATH": str(Path(p3s_cli.__file__).parents[1])}
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | path)
+    assert (home / "two" / CONTROL).read_bytes() == (home / "alone" / CONTROL).read_bytes()
+    assert (home / "two" / CONTROL).read_bytes() != (home / "one" / CONTROL).read_bytes()
+
+
+def test_a_failure_is_told_at_the_end_and_stops_no_other(pair_of_subjects):
+    home = pair_of_subjects
+    (home / "jobs.txt").write_text("# two of three are there\n\none\nnowhere\ntwo\n")
+    result = CliRunner().invoke(app, ["finetune", "--jobs", str(home / "jobs.txt"), "--steps", "1", "--json"])
+    assert result.exit_code == 2 and "nowhere is not a subject directory" in result.stderr
+    one, nowhere, two = json.loads(result.stdout)
+    assert one["steps"] == two["steps"] == 1 and nowhere["exit_code"] == 2
+    assert all((home / n / CONTROL).is_file() for n in ("one", "two"))
+
+
+@pytest.mark.parametrize(("text", "reason"), [("# nothing\n", "names no subject"), (None, "cannot be read")])
+def test_jobs_that_name_nothing_are_refused(tmp_path, text, reason):
+    if text is not None:
+        (tmp_path / "jobs.txt").write_text(text)
+    with pytest.raises(InputError, match=reason):
+        stages.read_jobs(tmp_path / "jobs.txt")
+    assert CliRunner().invoke(app, ["finetune"]).exit_code == 2
