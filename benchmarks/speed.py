@@ -1,18 +1,22 @@
 """How fast, as ratios measured in one run: medians of repeats, since machines are noisy. Prints a Markdown table.
 
-    python benchmarks/speed.py                  # the bundled family; the whole of it in about five minutes on 2 cores
+    python benchmarks/speed.py                  # the bundled family; within five minutes on 2 quiet cores
     python benchmarks/speed.py --no-demo --json
+    python benchmarks/speed.py --model FOLDER/diffusers --no-demo     # SD v1-5's shape, made by sd15.py, on a GPU
 
 `train_step_vs_parts`: a training step over the sum of its plain parts (the frozen U-Net's forward and
-backward to its input, the copy's forward and backward to its weights). `generate_vs_plain`: four images,
-DDIM-50, over diffusers' own pipeline on the same base; `fast_vs_plain`: with `--fast`, over the same. `help`,
-`mask` and `demo` are whole processes, from start to end.
+backward to its input, the copy's forward and backward to its weights); also over its floor (its FLOP at the rate
+of one large matrix product) and over a LoRA step of diffusers and peft. `generate_vs_plain`: four images, DDIM-50,
+over diffusers' own pipeline on the same base; `fast_vs_plain`: with `--fast`, over the same. What these are
+compared with is timed in turn with them. `help`, `mask` and `demo` are whole processes, from start to end.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,10 +27,14 @@ from statistics import median
 
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
 from tables import machine, markdown
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from p3s_cli import stages
-from p3s_cli.methods import pace
+from p3s_cli.config import ControlConfig, FinetuneConfig
+from p3s_cli.methods.p3s import P3S
 from p3s_cli.paper.subject_copy import build_copy
 from p3s_cli.sd import images, sample, text
 from p3s_cli.sd.family import Family, load
@@ -45,45 +53,124 @@ BARS = {
 PROMPT = "a {} on the beach"
 
 
-def seconds(work: Callable[[], object], repeats: int, device: str) -> float:
-    """Median over repeats, after one that is not counted."""
-    times = []
+def wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def in_turn(works: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each over repeats, one after the other, so that a busy machine slows all alike.
+
+    The first round is not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return median(times[1:])
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            wait(device)
+            times[name].append(time.perf_counter() - started)
+    return {name: median(taken[1:]) for name, taken in times.items()}
 
 
-def scene(folder: Path) -> tuple[Path, tuple, tuple]:
-    """A photo of two look-alikes, and a click on each."""
-    drawn = lookalike_scene(20_000_013)
-    pixels, masks = render([drawn])
-    images.save_png(folder / "two.png", images.to_pil(pixels[0]))
-    return folder / "two.png", click(masks[0, 0]), click(masks[0, 1])
+def scenes(folder: Path, n: int) -> list[tuple[Path, tuple, tuple]]:
+    """Photos of two look-alikes, with a click on each."""
+    found = []
+    for i in range(n):
+        pixels, masks = render([lookalike_scene(20_000_013 + i)])
+        images.save_png(folder / f"{i}.png", images.to_pil(pixels[0]))
+        found.append((folder / f"{i}.png", click(masks[0, 0]), click(masks[0, 1])))
+    return found
 
 
 def parts(family: Family, batch: int) -> dict[str, Callable[[], object]]:
-    """The plain halves of a training step."""
-    unet, copy = family.unet, build_copy(family.unet).to(family.device)
-    side, channels = unet.config.sample_size, unet.config.in_channels
-    x = torch.randn(batch, channels, side, side, device=family.device)
-    t = torch.randint(1000, (batch,), device=family.device)
+    """The plain halves of a training step, and a LoRA step as diffusers' example has it, all encoded beforehand."""
+    unet, trained_copy = family.unet, build_copy(family.unet).to(family.device)
+    adapted = copy.deepcopy(unet)
+    adapted.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    factors = [p for p in adapted.parameters() if p.requires_grad]
+    for factor in factors:
+        factor.data = factor.data.float()
+    optimizer = torch.optim.AdamW(factors, lr=1e-4)
+    side, channels, device = unet.config.sample_size, unet.config.in_channels, family.device
+    x = torch.randn(batch, channels, side, side, device=device)
+    t = torch.randint(1000, (batch,), device=device)
     states = text.encode(family.tokenizer, family.text_encoder, ["a photo"] * batch)
 
-    def frozen() -> None:
-        start = x.detach().to(family.dtype).requires_grad_()
-        unet(start, t, states).sample.float().square().mean().backward()
+    def step(model: torch.nn.Module, start: torch.Tensor) -> None:
+        with torch.autocast(device.split(":")[0], family.dtype, enabled=family.dtype != torch.float32):
+            predicted = model(start.to(family.dtype), t, states).sample
+        predicted.float().square().mean().backward()
 
     def trained() -> None:
-        with torch.autocast(family.device.split(":")[0], family.dtype, enabled=family.dtype != torch.float32):
-            loss = copy(x, t, states.to(x.dtype)).sample.float().square().mean()
-        loss.backward()
-        copy.zero_grad(set_to_none=True)
+        step(trained_copy, x)
+        trained_copy.zero_grad(set_to_none=True)
 
-    return {"frozen forward + backward": frozen, "copy forward + backward": trained}
+    def lora() -> None:
+        step(adapted, x)
+        torch.nn.utils.clip_grad_norm_(factors, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    frozen = {"frozen forward + backward": lambda: step(unet, x.clone().requires_grad_())}
+    return frozen | {"copy forward + backward": trained, "LoRA step": lora}
+
+
+def training_step(family: Family, subject: Subject, steps: int, batch: int | None = None, **control: float) -> float:
+    """Median seconds of a step of `P3S.fit`, after two that are not counted."""
+    clock: list[float] = []
+    config = FinetuneConfig(ControlConfig(**control), steps=steps + 3, batch=batch)
+    P3S().fit(family, subject, config, lambda *_: (wait(family.device), clock.append(time.perf_counter())))
+    return median(b - a for a, b in zip(clock[2:], clock[3:], strict=False))
+
+
+def training_floor(family: Family, subject: Subject) -> float:
+    """Seconds that a training step's FLOP (2 x multiply-add) take at the rate of one large matrix product."""
+    counted = []
+    for steps in (1, 2):
+        # attention spelt out, for not every fused kernel has a formula
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            P3S().fit(family, subject, FinetuneConfig(steps=steps))
+        counted.append(counter.get_total_flops())
+    n = 8192 if family.device.startswith("cuda") else 1024
+    a, b = torch.randn(2, n, n, device=family.device).to(family.dtype)
+    rate = 2 * n**3 / in_turn({"product": lambda: a @ b}, 9, family.device)["product"]
+    return (counted[1] - counted[0]) / rate
+
+
+def sampling_step(family: Family, root: Path, **options: object) -> float:
+    """Median seconds of a step of `generate`."""
+    clock: list[float] = []
+
+    def mark(what: str, done: int, total: int) -> None:
+        if what.startswith("images"):
+            wait(family.device)
+            clock.append(time.perf_counter())
+
+    options = {"n": 1, "steps": 5} | options
+    stages.generate(root, "a [V] vase on the beach", family=family, force=True, on_progress=mark, **options)
+    return median(b - a for a, b in zip(clock, clock[1:], strict=False))
+
+
+def growth(family: Family, root: Path, batch: int, repeats: int) -> dict[str, float]:
+    """How a training step grows with the batch, a sampling step with images, references and size."""
+    subject, edge, found = Subject.open(root), family.profile.image_size, {}
+    for n in (1, 2 * batch):
+        found[f"training step, batch {n}"] = training_step(family, subject, 2 * repeats, batch=n)
+    for n in (1, 2, 4):
+        found[f"sampling step, images {n}"] = sampling_step(family, root, n=n)
+    for n in (2, 3):
+        found[f"sampling step, references {n}"] = sampling_step(family, root, references=n)
+    for size in (edge * 3 // 2, edge * 2):
+        found[f"sampling step, {size} pixels"] = sampling_step(family, root, size=f"{size}x{size}")
+    return found
+
+
+def peak_gigabytes(device: str) -> float:
+    """The most memory so far: of the card where there is one, else of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def plain(family: Family, n: int, guidance: float) -> Callable[[], object]:
@@ -108,39 +195,64 @@ def process(*arguments: str) -> Callable[[], object]:
     return lambda: subprocess.run([sys.executable, "-m", "p3s_cli.cli", *arguments], check=True, capture_output=True)
 
 
-def measure(family: Family, folder: Path, repeats: int, with_demo: bool) -> dict[str, float]:
-    photo, positive, negative = scene(folder)
-    root = stages.mask(photo, [positive], [negative], folder / "subject", "vase", family=family).subject
-    stages.finetune(root, steps=2, family=family)
-    batch, guidance = int(family.profile.finetune["batch"]), family.profile.guidance
-    found = {name: seconds(work, 3 * repeats, family.device) for name, work in parts(family, batch).items()}
-    found["training step"] = pace.measure("p3s", family, Subject.open(root), steps=4 * repeats).step
-    found["plain, 4 images"] = seconds(plain(family, 4, guidance), repeats, family.device)
+def training(family: Family, subject: Subject, repeats: int) -> dict[str, float]:
+    batch = int(family.profile.finetune["batch"])
+    found = in_turn(parts(family, batch), 3 * repeats, family.device)
+    found["training step"] = training_step(family, subject, 4 * repeats)
+    found["training step without the kept ground"] = training_step(family, subject, 4 * repeats, preserve=0.0)
+    found["training step's floor"] = training_floor(family, subject)
+    plain_parts = sum(found[f"{name} forward + backward"] for name in ("frozen", "copy"))
+    names = {"train_step_vs_parts": plain_parts, "train_step_vs_floor": found["training step's floor"]}
+    names["train_step_vs_lora"] = found["LoRA step"]
+    found |= {name: found["training step"] / other for name, other in names.items()}
+    without = found["training step without the kept ground"]
+    return found | {"train_step_vs_parts without the kept ground": without / plain_parts}
 
+
+def drawing(family: Family, root: Path, repeats: int) -> dict[str, float]:
     def draw(fast: bool) -> Callable[[], object]:
         return lambda: stages.generate(root, "a [V] vase on the beach", n=4, fast=fast, family=family, force=True)
 
-    found["generate, 4 images"] = seconds(draw(False), repeats, family.device)
-    found["generate --fast, 4 images"] = seconds(draw(True), repeats, family.device)
-    found["help_seconds"] = seconds(process("--help"), 5, "cpu")
+    works = {"plain, 4 images": plain(family, 4, family.profile.guidance), "generate, 4 images": draw(False)}
+    found = in_turn(works | {"generate --fast, 4 images": draw(True)}, repeats, family.device)
+    for name, what in (("generate_vs_plain", "generate"), ("fast_vs_plain", "generate --fast")):
+        found[name] = found[f"{what}, 4 images"] / found["plain, 4 images"]
+    return found
+
+
+def processes(folder: Path, scene: tuple[Path, tuple, tuple], repeats: int, with_demo: bool) -> dict[str, float]:
+    photo, positive, negative = scene
     clicks = [f"--{kind}={x:g},{y:g}" for kind, (x, y) in (("pos", positive), ("neg", negative))]
     common = "--class", "vase", "--model", "world", "--force", "-o", str(folder / "again")
-    found["mask_seconds"] = seconds(process("mask", str(photo), *clicks, *common), repeats, "cpu")
+    found = in_turn({"help_seconds": process("--help")}, 5, "cpu")
+    found |= in_turn({"mask_seconds": process("mask", str(photo), *clicks, *common)}, repeats, "cpu")
     if with_demo:
         started = time.perf_counter()
         process("demo", str(folder / "demo"))()
         found["demo_seconds"] = time.perf_counter() - started
-    found["train_step_vs_parts"] = found["training step"] / sum(found[name] for name in parts(family, 1))
-    found["generate_vs_plain"] = found["generate, 4 images"] / found["plain, 4 images"]
-    found["fast_vs_plain"] = found["generate --fast, 4 images"] / found["plain, 4 images"]
     return found
+
+
+def measure(family: Family, folder: Path, repeats: int, with_demo: bool) -> dict[str, float]:
+    root, given = folder / "subject", scenes(folder, 3)
+    for photo, positive, negative in given:
+        stages.mask(photo, [positive], [negative], root, "vase", family=family)
+    stages.finetune(root, steps=2, family=family)
+    found = training(family, Subject.open(root), repeats)
+    found["peak GB after training"] = peak_gigabytes(family.device)
+    if family.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    found |= drawing(family, root, repeats)
+    found["peak GB after drawing"] = peak_gigabytes(family.device)
+    found |= growth(family, root, int(family.profile.finetune["batch"]), repeats)
+    return found | processes(folder, given[0], repeats, with_demo)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="world")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-demo", action="store_true")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()

@@ -52,8 +52,9 @@ class Bound:
         """Raises InputError if the control was trained on another shape of base, or lacks the weight to sample by."""
         if sampling.schedule.kind == "learned" and not part.config.learned_weight:
             raise InputError(f"{part.subject.root} was tuned without a learned weight; choose another --schedule")
+        unet, width = family.unet, family.vision.width  # read from files here, which may not happen below
         with torch.device("meta"):  # whatever it starts with is replaced
-            control = P3SControl(family.unet, family.vision.width, part.config)
+            control = P3SControl(unet, width, part.config)
         try:
             check_layout(layout_of(part.tensors), layout_of(control.state_dict()))
         except ValueError as error:

@@ -52,3 +52,10 @@ def test_another_trajectory_begins_with_features_of_its_own(tuned):
     bound = Bound.build(family, part, GenerateConfig(reuse=3))
     first, second = trajectory(family, bound, [100, 900])  # time runs downwards within one
     assert next(iter(first[0].features.values())) is not next(iter(second[0].features.values()))
+
+
+def test_a_subject_binds_to_a_family_of_which_nothing_is_loaded_yet(tuned):
+    """The control is made on the meta device, where no model can be read; it ends with the tuned tensors alone."""
+    family, part = tuned
+    control = Bound.build(load(family.source, "cpu"), part, GenerateConfig()).control
+    assert all(torch.equal(control.state_dict()[n], t.float()) for n, t in part.tensors.items())

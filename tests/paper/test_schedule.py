@@ -49,6 +49,6 @@ def test_the_learned_weight_learns_from_the_loss_in_both_forms_of_injection(unet
         control = make_control(trained=True, learned_weight=True, injection=form)
         x_t, t, text, latent, vision = batch
         with connected(unet, control):
-            injection, _ = control.inject(x_t, t, text, latent, vision, control.weighting(t))
+            injection, _ = control.inject(x_t, t, text, control.see(latent, vision), control.weighting(t))
             controlled_noise(unet, x_t, t, text, injection).square().mean().backward()
         assert control.weighting.mlp[-1].weight.grad.abs().max() > 0
