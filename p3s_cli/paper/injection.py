@@ -64,11 +64,13 @@ class TextKeys:
 
     def __call__(self, attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
         """states (B, 77, D), recognised as the very same tensor -> keys, values (B, heads, 77, d)."""
-        for known, keys, values in self._known:
+        # training draws other texts at every step; a compiled graph would not notice that another tensor came
+        keeps = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        for known, keys, values in self._known if keeps else ():
             if known is states:
                 return keys, values
         keys, values = _heads(attn, attn.to_k, states), _heads(attn, attn.to_v, states)
-        if not torch.is_grad_enabled():  # training draws other texts at every step
+        if keeps:
             self._known = [*self._known[-1:], (states, keys, values)]
         return keys, values
 
