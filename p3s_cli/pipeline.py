@@ -26,7 +26,7 @@ from p3s_cli.methods.binding import Part
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family, load
-from p3s_cli.sd.sample import Eps, guided_noise
+from p3s_cli.sd.sample import Eps, guided_noise, passes
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.subject import Subject
 
@@ -82,7 +82,7 @@ class P3SPipeline(StableDiffusionPipeline):
     ) -> Any:
         """StableDiffusionPipeline's call; `subject_strength` and `schedule` are generate's `strength` and `schedule`.
 
-        `guidance_scale` is s_t and `subject_guidance` s_i of `sd.sample.guided_noise`; the latter defaults to the
+        `guidance_scale` is s_t and `subject_guidance` s_i of `sd.sample.passes`; the latter defaults to the
         family's, and other than 1 takes a third pass of the U-Net. Without guidance (a scale of 1 or less) s_t is 1.
         """
         family, subjects = self._family(), self.__dict__["_p3s"][1]
@@ -153,7 +153,7 @@ class _Controlled(nn.Module):
         )
         times = torch.as_tensor(timestep, device=x.device).expand(len(x))
         s_t = 1.0 if scale is None else scale
-        guided = guided_noise(self._eps, x, times, text, empty, s_t, self._subject_guidance)
+        guided = guided_noise(self._eps, x, times, passes(text, empty, s_t, self._subject_guidance))
         return (guided.to(sample.dtype).repeat(halves, 1, 1, 1),)
 
 
