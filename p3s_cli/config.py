@@ -60,11 +60,13 @@ class ControlConfig:
     )
     learned_word: bool = True  # an offset learnt at the identifier's text states; the paper has none
     word_lr_scale: float = 20.0  # its learning rate, relative to the rest
+    decay: Literal["constant", "cosine"] = "cosine"  # of the learning rate, over all steps
     timesteps: Timesteps = "cubic"  # cubic: more of the noisy steps, where shape and colour are decided
     drop_text: float = 0.3  # 0.1 in Sec. IV-A; text and injection are dropped independently
     drop_injection: float = 0.1
     augment: Literal["none", "joint", "independent"] = "none"  # geometry of reference and target
-    reference_view: Literal["photo", "close"] = "close"  # as much as fits, or the subject as large as in a portrait
+    # as much as fits; the subject as large as in a portrait; the same with it in the very middle
+    reference_view: Literal["photo", "close", "centred"] = "centred"
     reference_background: Literal["keep", "remove"] = "remove"
     background_weight: float = 0.0  # of L_LDM outside the subject's mask; 1 is eq. 14 as printed
     preserve: float = 0.3  # of the distance to the frozen U-Net's own prediction outside the mask; the paper has none
@@ -145,6 +147,7 @@ PAPER_CONTROL = ControlConfig(
     attention_loss="printed",
     attention_gradient="both",
     learned_word=False,
+    decay="constant",
     timesteps="uniform",
     augment="none",
     reference_view="photo",
@@ -176,7 +179,14 @@ def with_schedule(config: GenerateConfig, kind: str) -> GenerateConfig:
 
 
 # what a control was made with that does not say so, as these settings came later
-_UNSAID = {"rngr": True, "learned_word": False, "timesteps": "uniform", "reference_view": "photo", "preserve": 0.0}
+_UNSAID = {
+    "rngr": True,
+    "learned_word": False,
+    "decay": "constant",
+    "timesteps": "uniform",
+    "reference_view": "photo",
+    "preserve": 0.0,
+}
 
 
 def read_control(tuned: Any) -> ControlConfig:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from p3s_cli.config import ControlConfig
 from p3s_cli.methods.photos import Photo
-from p3s_cli.methods.views import View, base_view, close_view, look, random_view
+from p3s_cli.methods.views import View, base_view, centred_view, close_view, look, look_mask, random_view
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
 
@@ -53,7 +53,7 @@ def _seen(photos: list[Photo], views: list[View], config: ControlConfig, size: t
     for photo, view in zip(photos, views, strict=True):
         picture = look(photo.pixels, view, size)
         if config.reference_background == "remove":
-            keep = look(photo.mask.float()[None], view, size)
+            keep = look_mask(photo.mask, view, size)
             picture = picture * keep + 0.5 * (1 - keep)
         seen.append(picture)
     return torch.stack(seen)
@@ -76,7 +76,7 @@ class Bank:
         target_views = [_view(p, config, generator) for p in chosen]
         seen_views = target_views if config.augment != "independent" else [_view(p, config, generator) for p in chosen]
         targets = torch.stack([look(p.pixels, v, size) for p, v in zip(chosen, target_views, strict=True)])
-        masks = torch.stack([look(p.mask.float()[None], v, size) for p, v in zip(chosen, target_views, strict=True)])
+        masks = torch.stack([look_mask(p.mask, v, size) for p, v in zip(chosen, target_views, strict=True)])
         latents = images.encode(family.vae, targets)
         inside = F.interpolate(masks, size=latents.shape[-2:], mode="area").to(latents.device)
         return cls(latents, inside, condition(family, chosen, seen_views, config))
@@ -94,7 +94,9 @@ class Bank:
 
 def reference_view(mask: Tensor, config: ControlConfig) -> View:
     """The part of a photo that stands for the subject, in training and in sampling."""
-    return base_view(mask) if config.reference_view == "photo" else close_view(mask, _MARGIN)
+    if config.reference_view == "photo":
+        return base_view(mask)
+    return (close_view if config.reference_view == "close" else centred_view)(mask, _MARGIN)
 
 
 def _view(photo: Photo, config: ControlConfig, generator: torch.Generator) -> View:

@@ -39,6 +39,17 @@ def close_view(mask: Tensor, margin: float = 0.1) -> View:
     return _around(mask, min(side, *mask.shape))
 
 
+def centred_view(mask: Tensor, margin: float) -> View:
+    """The square with the subject in its very middle and a margin on each side, beyond the photo's edge if need be.
+
+    A base draws a lone subject in the middle; where a control holds it aside, the base paints another beside it.
+    mask (H, W) bool.
+    """
+    top, bottom, left, right = _box(mask)
+    side = (1 + 2 * margin) * max(bottom - top, right - left)
+    return View((left + right) / 2, (top + bottom) / 2, min(side, max(mask.shape)))
+
+
 def _box(mask: Tensor) -> tuple[int, int, int, int]:
     """Top, bottom, left, right of what is masked; of the whole photo if nothing is."""
     rows, columns = torch.where(mask if mask.any() else torch.ones_like(mask))
@@ -68,8 +79,13 @@ def random_view(base: View, mask: Tensor, generator: torch.Generator) -> View:
     return View(x + side * 0.6 * (u[1] - 0.5), y + side * 0.6 * (u[2] - 0.5), side, 16 * (u[3] - 0.5), u[4] < 0.5)
 
 
-def look(image: Tensor, view: View, size: int | tuple[int, int]) -> Tensor:
-    """Resample (C, H, W) through the view to (C, size, size); beyond the photo's edge it is mirrored.
+def look_mask(mask: Tensor, view: View, size: int | tuple[int, int]) -> Tensor:
+    """A mask (H, W) through the view, (1, size, size) in [0, 1]; beyond the photo's edge there is nothing."""
+    return look(mask.float()[None], view, size, beyond="zeros")
+
+
+def look(image: Tensor, view: View, size: int | tuple[int, int], beyond: str = "reflection") -> Tensor:
+    """Resample (C, H, W) through the view to (C, size, size); beyond the photo's edge it is mirrored, or zeros.
 
     A `size` (height, width) that is no square shows the view's square and more along its longer side.
     """
@@ -89,4 +105,4 @@ def look(image: Tensor, view: View, size: int | tuple[int, int]) -> Tensor:
         ]
     )
     grid = F.affine_grid(theta[None], (1, 1, rows, columns), align_corners=False)
-    return F.grid_sample(image[None], grid, mode="bilinear", padding_mode="reflection", align_corners=False)[0]
+    return F.grid_sample(image[None], grid, mode="bilinear", padding_mode=beyond, align_corners=False)[0]

@@ -2,7 +2,7 @@
 
 import torch
 
-from p3s_cli.methods.views import View, base_view, look, random_view
+from p3s_cli.methods.views import View, base_view, centred_view, look, look_mask, random_view
 
 
 def photo():
@@ -49,3 +49,15 @@ def test_a_view_of_another_shape_shows_its_square_and_more_along_the_longer_side
     torch.testing.assert_close(wide, photo()[:, 8:24, 8:40], rtol=1e-4, atol=1e-4)
     tall = look(photo(), View(24, 16, 8), (32, 8))
     torch.testing.assert_close(tall, photo()[:, :, 20:28], rtol=1e-4, atol=1e-4)
+
+
+def test_a_centred_view_holds_the_subject_in_its_middle_even_at_the_photos_edge():
+    """And what is mirrored beyond the edge is no part of the mask."""
+    mask = torch.zeros(40, 60, dtype=torch.bool)
+    mask[0:10, 0:20] = True
+    view = centred_view(mask, 0.5)
+    assert view == View(10, 5, 40)
+    shown = look_mask(mask, view, 40)[0] > 0.5
+    expected = torch.zeros(40, 40, dtype=torch.bool)
+    expected[15:25, 10:30] = True
+    assert torch.equal(shown, expected)
