@@ -79,6 +79,11 @@ def test_masks_can_be_read_from_any_vit_folder(world, tmp_path):
         features = tower.patches(torch.rand(3, 48, 96))
         assert features.shape[2] == 16 and features.shape[1] / features.shape[0] == pytest.approx(2, rel=0.1)
         assert tower.layers == (2, 3, 3)  # the third quarter of four layers
+        assert tower.side == 39 * 8  # as many patches as any tower's, whatever their size
+        model = kind.from_pretrained(folder)
+        model.pooler = None  # as in many a published ViT; transformers then draws one at random
+        model.save_pretrained(folder)
+        assert world.mask_tower(str(folder)).fingerprint == world.mask_tower(str(folder)).fingerprint
     with pytest.raises(InputError, match="no vision tower is called 'sam'"):
         world.mask_tower("sam")
     assert world.mask_tower("clip") is world.vision
