@@ -55,6 +55,10 @@ def test_a_box_stands_for_its_middle_and_bounds_the_mask(pair, world, tmp_path):
     outside[box[1] : box[3] + 1, box[0] : box[2] + 1] = False
     assert mask.any() and not outside.any()
     assert made.pictures[-1].name == "maps.png" and made.pictures[-1].is_file()
+    assert not any("box" in w for w in made.warnings)
+    half = (box[0], box[1], sum(box[::2]) // 2, box[3])
+    made = stages.mask(tmp_path / "two.png", box=half, output=tmp_path / "h", class_word="x", family=world)
+    assert any("the box cuts" in w and "widen it" in w for w in made.warnings)
 
 
 def test_boxes_that_are_none():

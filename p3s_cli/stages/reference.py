@@ -26,6 +26,8 @@ from p3s_cli.sd.weights import load_tensors, save_tensors
 from p3s_cli.segment.select import select
 from p3s_cli.subject import Reference, Stage, Subject, hashes, mask_layout, resolve_box, resolve_points
 
+_CUT_BY_BOX = 0.1  # of the mask: less of it outside the box is a matter of its outline
+
 
 @dataclass(frozen=True)
 class Clicks:
@@ -104,7 +106,7 @@ def make(
     else:
         selection = select(pixels, features, positive, negative, config)
     if clicks.box:
-        selection = replace(selection, subject=selection.subject & box_mask(clicks.box, size))
+        selection = _bounded(selection, clicks.box)
     if truth is not None:
         selection = replace(selection, subject=truth.subject, negative=truth.negative, warnings=(), confidence=1.0)
     elif not literal:  # eq. 2 as printed often covers both; it warns, and stays what it is, for comparison
@@ -119,6 +121,16 @@ def make(
     inpainted = remove_negative(pixels, region, positive, embed, filler, seed, config.attempts)
     square = look(inpainted.image, base_view(selection.subject), family.profile.image_size)
     return Masked(selection, inpainted, images.encode(family.vae, square[None])[0])
+
+
+def _bounded(selection: Selection, box: tuple[float, float, float, float]) -> Selection:
+    """The subject's mask inside the box alone, with a warning if that takes much of it away."""
+    kept = selection.subject & box_mask(box, tuple(selection.subject.shape))
+    lost = 1 - float(kept.sum() / selection.subject.sum().clamp(min=1))
+    if lost <= _CUT_BY_BOX:
+        return replace(selection, subject=kept)
+    warning = f"the box cuts {lost:.0%} off what the points mark; widen it if the subject goes on beyond it"
+    return replace(selection, subject=kept, warnings=(*selection.warnings, warning))
 
 
 def _check_apart(selection: Selection, clicks: Clicks) -> None:
