@@ -2,14 +2,16 @@
 
     python benchmarks/masks.py                        # the default, group by group, and 20 random clicks a subject
     python benchmarks/masks.py --ablate               # every choice and the alternatives it beat, one row each
+    python benchmarks/masks.py --unaided              # without negative clicks: how good, and when it warns
     python benchmarks/masks.py --sheet contact.png    # DreamBench photos without truth, to be looked at
 
 Real photos come from `P3S_DATA` or `../shared/data` and are read through its ViT-Tiny; `world` are drawn
 look-alikes read through the bundled CLIP. Columns: `iou` and `boundary_f` (within 0.75 % of the diagonal)
 of the subject's mask; `leak`, share of the other subjects inside it; `coverage` and `damage`, shares of
 the other subjects and of the subject inside the negative mask; `clicks` and `worst_decile`, the mean IoU
-over random clicks inside the truth and that of its worst tenth; `more_clicks`, the IoU with the extra
-clicks of the manifest as well (two more of them); `seconds` a photo, models loaded.
+over random clicks inside the truth and that of its worst tenth; `two_random`, the IoU with two of them
+together (the manifest's extra clicks, where it has any); `more_clicks`, with the given click and these
+two; `seconds` a photo, models loaded.
 """
 
 from __future__ import annotations
@@ -25,20 +27,19 @@ import cases
 import numpy as np
 import torch
 from cases import DATA, Case, Click
+from mask_choices import CHOICES, made_with
 from PIL import Image
 from scipy import ndimage
-from skimage.color import rgb2lab
-from skimage.segmentation import random_walker
 from tables import last_line, machine, markdown
 
 from p3s_cli import pictures
 from p3s_cli.config import MaskConfig
 from p3s_cli.paper import points as literal
+from p3s_cli.paper.points import Selection
 from p3s_cli.sd import images
 from p3s_cli.sd.family import load
 from p3s_cli.sd.vision import VisionTower
 from p3s_cli.segment import select as segment
-from p3s_cli.segment.prototypes import holding
 
 SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "selective_dev": cases.selective_dev,
@@ -53,23 +54,28 @@ SETS: dict[str, Callable[[], Iterator[Case]]] = {
 class Reader:
     """Masks of a case under one setting; the features of a photo are read once."""
 
-    def __init__(self, tower: VisionTower, config: MaskConfig):
-        self.tower, self.config, self._photo, self._features = tower, config, None, None
+    def __init__(self, tower: VisionTower, config: MaskConfig, cache: dict | None = None):
+        self.tower, self.config, self._cache = tower, config, {} if cache is None else cache
 
-    def features(self, photo: np.ndarray) -> torch.Tensor:
-        if self._photo is not photo:
-            read = self.tower.native_patches if self.config.recipe == "paper" else self.tower.patches
-            self._photo, self._features = photo, read(images.to_tensor(Image.fromarray(photo)))
-        return self._features
+    def features(self, photo: np.ndarray) -> tuple[torch.Tensor, float]:
+        """Patch features, and the seconds it took to read them."""
+        if id(photo) not in self._cache:  # its case lives as long as the reader
+            read, started = self.tower.patches, time.monotonic()
+            if self.config.recipe == "paper":
+                read = self.tower.native_patches
+            self._cache[id(photo)] = read(images.to_tensor(Image.fromarray(photo))), time.monotonic() - started
+        return self._cache[id(photo)]
+
+    def select(self, case: Case, positive: list[Click], negative: list[Click]) -> Selection:
+        height, width = case.truth.shape
+        sides = [[((x + 0.5) / width, (y + 0.5) / height) for x, y in clicks] for clicks in (positive, negative)]
+        features, _ = self.features(case.photo)
+        if self.config.recipe == "paper":
+            return literal.select(features, *sides, (height, width), self.config)
+        return segment.select(images.to_tensor(Image.fromarray(case.photo)), features, *sides, self.config)
 
     def __call__(self, case: Case, positive: list[Click]) -> tuple[np.ndarray, np.ndarray]:
-        height, width = case.truth.shape
-        sides = [[((x + 0.5) / width, (y + 0.5) / height) for x, y in clicks] for clicks in (positive, case.negative)]
-        features = self.features(case.photo)
-        if self.config.recipe == "paper":
-            made = literal.select(features, *sides, (height, width), self.config)
-        else:
-            made = segment.select(images.to_tensor(Image.fromarray(case.photo)), features, *sides, self.config)
+        made = self.select(case, positive, case.negative)
         return made.subject.numpy(), made.negative.numpy()
 
 
@@ -87,30 +93,25 @@ def boundary_f(mask: np.ndarray, truth: np.ndarray) -> float:
     return float(2 * precision * recall / max(1e-9, precision + recall))
 
 
-def measure(reader: Reader, group: list[Case], random_clicks: int) -> dict[str, dict[str, float]]:
-    """Scores by group, and of all of them together under "all"."""
+def share(mask: np.ndarray, of: np.ndarray) -> float:
+    """How much of a region a mask holds."""
+    return float((mask & of).sum() / max(1, of.sum()))
+
+
+def measure(reader: Reader, group: list[Case], random_clicks: int | None) -> dict[str, dict[str, float]]:
+    """Scores by group, and of all of them together under "all"; None: of the given clicks alone."""
     rng = np.random.default_rng(0)
     rows: dict[str, list[dict[str, float]]] = {}
     wandering: dict[str, list[float]] = {}
     for case in group:
-        started = time.monotonic()
-        subject, negative = reader(case, [case.positive])
-        seconds = time.monotonic() - started
-        more = reader(case, [case.positive, *case.extra])[0] if case.extra and random_clicks else subject
-        other = np.any(case.others, axis=0) if case.others else np.zeros_like(case.truth)
-        share = lambda a, b: float((a & b).sum() / max(1, b.sum()))  # noqa: E731
-        row = {
-            "iou": iou(subject, case.truth),
-            "boundary_f": boundary_f(subject, case.truth),
-            "leak": share(subject, other),
-            "coverage": share(negative, other),
-            "damage": share(negative, case.truth),
-            "more_clicks": iou(more, case.truth),
-            "seconds": seconds,
-        }
-        inside = np.argwhere(case.truth)
-        clicks = [*case.extra, *((float(c), float(r)) for r, c in rng.permutation(inside)[:random_clicks])]
-        found = [iou(reader(case, [c])[0], case.truth) for c in clicks] if random_clicks else []
+        row, found = scores(reader, case), []
+        if random_clicks is not None:
+            anywhere = [(float(c), float(r)) for r, c in rng.permutation(np.argwhere(case.truth))]
+            extra = list(case.extra) or anywhere[:2]
+            more, two = ([case.positive, *extra], extra)
+            row |= {n: iou(reader(case, c)[0], case.truth) for n, c in (("more_clicks", more), ("two_random", two))}
+            clicks = dict.fromkeys([*extra, *anywhere[:random_clicks]]) if random_clicks else ()
+            found = [iou(reader(case, [c])[0], case.truth) for c in clicks]
         for name in (case.group, "all"):
             rows.setdefault(name, []).append(row)
             wandering.setdefault(name, []).extend(found)
@@ -123,59 +124,54 @@ def measure(reader: Reader, group: list[Case], random_clicks: int) -> dict[str, 
     return table
 
 
-def walk(image, coarse, other, seeds, patch, band) -> np.ndarray:
-    """The alternative to GrabCut: scikit-image's random walker in the same band."""
-    inside, outside = ndimage.distance_transform_edt(coarse), ndimage.distance_transform_edt(~coarse)
-    reach = min(band * patch, 0.6 * inside.max())
-    labels = np.zeros(coarse.shape, np.int32)
-    labels[inside > reach], labels[(outside > band * patch) | other] = 1, 2
-    for seed in seeds:
-        labels[seed] = 1
-    rim = (inside > reach + 3) | (outside > band * patch + 3)
-    labels[rim & (labels != 0)] = -1
-    lab = rgb2lab(image) / 40
-    walked = random_walker(lab, labels, beta=1000, mode="cg_j", tol=1e-2, channel_axis=-1) == 1
-    return holding(walked | (inside > reach), inside > reach)
-
-
-ABLATIONS: dict[str, dict] = {
-    "paper: eq. 1-2, raw cosines": {"recipe": "paper"},
-    "paper: eq. 1-2, maps rescaled": {"recipe": "paper", "similarity": "rescaled"},
-    "prototypes, one round, no image edges": {"rounds": 1, "band": 0.0},
-    "prototypes, no image edges": {"band": 0.0},
-    "default": {},
-    "edges by random walker, band 1": {"band": 1.0, "walker": True},
-    "edges by random walker, band 2.5": {"walker": True},
-    "band 1": {"band": 1.0},
-    "band 1.5": {"band": 1.5},
-    "band 3.5": {"band": 3.5},
-    "one round": {"rounds": 1},
-    "five rounds": {"rounds": 5},
-    "one prototype a click": {"prototypes": 1},
-    "eight prototypes a click": {"prototypes": 8},
-    "likeness 1": {"likeness": 1.0},
-    "likeness 0.5": {"likeness": 0.5},
-    "likeness 0.3": {"likeness": 0.3},
-    "no nearness to the clicks": {"nearness": 0.0},
-    "twice the nearness": {"nearness": 0.5},
-    "last layer": {"layers": (-1,)},
-    "layer 8 of 12 alone": {"layers": (8,)},
-    "half the resolution": {"side": 0.5},
-}
+def scores(reader: Reader, case: Case) -> dict[str, float]:
+    """Of the given clicks, one positive and one on each other subject."""
+    _, reading = reader.features(case.photo)
+    started = time.monotonic()
+    subject, negative = reader(case, [case.positive])
+    seconds = reading + time.monotonic() - started
+    other = np.any([np.zeros_like(case.truth), *case.others], axis=0)
+    return {
+        "iou": iou(subject, case.truth),
+        "boundary_f": boundary_f(subject, case.truth),
+        "leak": share(subject, other),
+        "coverage": share(negative, other),
+        "damage": share(negative, case.truth),
+        "seconds": seconds,
+    }
 
 
 def ablate(tower: VisionTower, group: list[Case]) -> list[dict]:
-    rows, grabcut = [], segment.refine
-    for name, options in ABLATIONS.items():
-        options = dict(options)
-        segment.refine = walk if options.pop("walker", False) else grabcut
-        layers, side = tower.layers, tower.side
-        tower.layers = options.pop("layers", layers)
-        tower.side = round(side * options.pop("side", 1.0))
-        rows.append({"setting": name, **measure(Reader(tower, replace(MaskConfig(), **options)), group, 0)["all"]})
-        tower.layers, tower.side, segment.refine = layers, side, grabcut
+    rows, read = [], {}
+    for choice in CHOICES:
+        with made_with(choice, tower) as config:
+            cache = read.setdefault((config.recipe, tower.layers, tower.side), {})
+            cases_here = group if choice.with_negative else [replace(c, negative=[]) for c in group]
+            rows.append({"setting": choice.name, **measure(Reader(tower, config, cache), cases_here, None)["all"]})
         print(last_line(rows), flush=True)
     return rows
+
+
+def unaided(reader: Reader, group: list[Case]) -> dict[str, float]:
+    """Masks without any negative click, and whether the warnings come where they should.
+
+    A mask is wrong if a fifth of it is off (IoU) or it holds a tenth of another subject.
+    """
+    rows, wrong, warned = [], [], []
+    for case in group:
+        made = reader.select(case, [case.positive], [])
+        mask, others = made.subject.numpy(), np.any([np.zeros_like(case.truth), *case.others], axis=0)
+        rows.append({"iou": iou(mask, case.truth), "leak": share(mask, others)})
+        wrong.append(rows[-1]["iou"] < 0.8 or rows[-1]["leak"] > 0.1)
+        warned.append(bool(made.warnings))
+    wrong, warned = np.array(wrong), np.array(warned)
+    counts = {
+        "wrong": wrong,
+        "wrong, warned of": wrong & warned,
+        "right": ~wrong,
+        "right, warned of": ~wrong & warned,
+    }
+    return {n: float(np.mean([r[n] for r in rows])) for n in rows[0]} | {n: int(v.sum()) for n, v in counts.items()}
 
 
 def sheet(tower: VisionTower, path: Path) -> None:
@@ -197,6 +193,7 @@ def sheet(tower: VisionTower, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ablate", action="store_true")
+    parser.add_argument("--unaided", action="store_true")
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--clicks", type=int, default=20, help="random clicks for each subject")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
@@ -208,6 +205,9 @@ def main() -> None:
         return sheet(photo_tower, args.sheet)
     if args.ablate:
         rows = ablate(photo_tower, list(cases.selective_dev()))
+    elif args.unaided:
+        towers = {n: family.vision if n == "world" else photo_tower for n in args.sets}
+        rows = [{"set": n, **unaided(Reader(t, MaskConfig()), list(SETS[n]()))} for n, t in towers.items()]
     else:
         found = {}
         for name in args.sets:

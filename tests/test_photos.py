@@ -7,7 +7,10 @@ import torch
 from PIL import Image
 
 from p3s_cli import stages
+from p3s_cli.config import MaskConfig
+from p3s_cli.sd import images
 from p3s_cli.sd.weights import load_tensors
+from p3s_cli.segment import select as segment
 
 # EXIF orientation -> how the stored pixels are turned against what is seen
 TURNED = {1: None, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270, 3: Image.Transpose.ROTATE_180}
@@ -49,3 +52,33 @@ def test_a_tall_photo(photo_data, world, tmp_path):
     subject, _ = masks(tmp_path / "tall.png", task, tmp_path / "tall", world)
     assert subject.shape == (record["width"], record["height"])
     assert all(subject[int(y), int(x)] for x, y in task["positive"])
+
+
+@pytest.mark.parametrize("number", [0, 18])
+def test_masks_of_real_photos_follow_swaps_mirrors_sizes_and_ignore_the_order_of_clicks(photo_data, world, number):
+    record = json.loads((photo_data / "selective_dev/manifest.json").read_text())[number]
+    photo = Image.open(photo_data / "selective_dev" / record["image"]).convert("RGB")
+    tower = world.mask_tower(str(photo_data / "vision/vit_tiny_patch16_224"))
+    first, second = ([tuple(p) for p in (s["point"], s["extra_points"][0])] for s in record["subjects"][:2])
+
+    def select_in(picture, positive, negative):
+        pixels = images.to_tensor(picture)
+        fractions = [
+            [((x + 0.5) / photo.width, (y + 0.5) / photo.height) for x, y in side] for side in (positive, negative)
+        ]
+        return segment.select(pixels, tower.patches(pixels), *fractions, MaskConfig())
+
+    made = select_in(photo, first, second)
+    swapped, reordered = select_in(photo, second, first), select_in(photo, first[::-1], second[::-1])
+    assert torch.equal(made.subject, swapped.negative) and torch.equal(made.negative, swapped.subject)
+    assert torch.equal(made.subject, reordered.subject) and torch.equal(made.negative, reordered.negative)
+    mirror = [[(photo.width - 1 - x, y) for x, y in side] for side in (first, second)]
+    mirrored = select_in(photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT), *mirror)
+    assert overlap(mirrored.subject.flip(1), made.subject) > 0.95
+    larger = select_in(photo.resize((1152, 768), Image.Resampling.BICUBIC), first, second).subject
+    fitted = torch.nn.functional.interpolate(larger[None, None].float(), size=made.subject.shape, mode="area")[0, 0]
+    assert overlap(fitted > 0.5, made.subject) > 0.95
+
+
+def overlap(a, b):
+    return ((a & b).sum() / (a | b).sum()).item()

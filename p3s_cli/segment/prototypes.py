@@ -91,7 +91,7 @@ def _contest(features, sides, cores, counts, objects, background, config: MaskCo
     background = prototypes(background, config.background_prototypes)
     for _ in range(config.rounds):
         found = _judge(features, sides, objects, background, config)
-        masks = _tied(found, sides, cores)
+        masks = tied(found, sides, cores)
         objects = [prototypes(features[m], k) if m.any() else o for m, k, o in zip(masks, counts, objects, strict=True)]
         # what lies next to an object is half object: learnt as background, it would eat the object from its rim
         rest = features[(found.objectness <= 0) & ~ndimage.binary_dilation(masks[0] | masks[1])]
@@ -147,7 +147,7 @@ def _distance(points: Sequence[Point], grid: tuple[int, int]) -> np.ndarray:
     return np.minimum.reduce([np.hypot(columns - x * grid[1], rows - y * grid[0]) for x, y in points])
 
 
-def _tied(found: Competition, sides: Sequence[Sequence[Point]], cores: Sequence[np.ndarray]) -> list[np.ndarray]:
+def tied(found: Competition, sides: Sequence[Sequence[Point]], cores: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Both masks with their own clicks inside, the other's outside, and only what a click or its region holds on to."""
     masks, anchors = [found.subject.copy(), found.negative.copy()], [core.copy() for core in cores]
     seeds = [[patch_of(p, found.subject.shape) for p in points] for points in sides]

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from p3s_cli.config import MaskConfig
 from p3s_cli.paper.points import Point, Selection, patch_of, separability, similarity_map
+from p3s_cli.segment.agreement import agree
 from p3s_cli.segment.boundary import refine
-from p3s_cli.segment.prototypes import compete
 
 _LOW_CONFIDENCE = 0.4  # of Otsu's separability
 
@@ -27,7 +27,7 @@ def select(
     those of P3S eq. 1, for the eye.
     """
     size = (image.shape[1], image.shape[2])
-    won = compete(features.numpy(), positive, negative, config)
+    won = agree(features.numpy(), positive, negative, config)
     pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
     coarse = [_enlarged(m.astype(np.float32), size) > 0.5 for m in (won.subject, won.negative)]
     sides = [[patch_of(p, size) for p in points] for points in (positive, negative)]
