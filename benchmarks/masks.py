@@ -193,6 +193,7 @@ def sheet(tower: VisionTower, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ablate", action="store_true")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th case of a set, for a first look")
     parser.add_argument("--unaided", action="store_true")
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--clicks", type=int, default=20, help="random clicks for each subject")
@@ -204,15 +205,17 @@ def main() -> None:
     if args.sheet:
         return sheet(photo_tower, args.sheet)
     if args.ablate:
-        rows = ablate(photo_tower, list(cases.selective_dev()))
+        rows = ablate(photo_tower, list(cases.selective_dev())[:: args.every])
     elif args.unaided:
         towers = {n: family.vision if n == "world" else photo_tower for n in args.sets}
-        rows = [{"set": n, **unaided(Reader(t, MaskConfig()), list(SETS[n]()))} for n, t in towers.items()]
+        rows = [
+            {"set": n, **unaided(Reader(t, MaskConfig()), list(SETS[n]())[:: args.every])} for n, t in towers.items()
+        ]
     else:
         found = {}
         for name in args.sets:
             tower = family.vision if name == "world" else photo_tower
-            groups = measure(Reader(tower, MaskConfig()), list(SETS[name]()), args.clicks)
+            groups = measure(Reader(tower, MaskConfig()), list(SETS[name]())[:: args.every], args.clicks)
             found[name] = groups.pop("all") | {"groups": groups}
         if args.json:
             return print(json.dumps(found))
