@@ -70,9 +70,9 @@ def grabcut_from_clicks(image, coarse, other, seeds, patch, band) -> np.ndarray:
     return holding((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD), dots)
 
 
-def no_regions(features: np.ndarray, sides: Sequence) -> list[np.ndarray]:
+def no_regions(potentials: np.ndarray, sides: Sequence) -> list[np.ndarray]:
     """Instead of the walk: nothing, so that the 3 x 3 patches at each click start the prototypes."""
-    return [np.zeros(features.shape[:2], bool) for _ in sides]
+    return [np.zeros(potentials.shape[1:], bool) for _ in sides]
 
 
 def whole_region(region: np.ndarray, seeds: Sequence[tuple[int, int]], like_frame: np.ndarray) -> np.ndarray:
@@ -82,7 +82,8 @@ def whole_region(region: np.ndarray, seeds: Sequence[tuple[int, int]], like_fram
 
 def walk_alone(features, positive, negative, config: MaskConfig) -> prototypes.Competition:
     """Instead of competing prototypes: the walk's regions as they are."""
-    subject, other = walk.regions(prototypes.unit(features), [positive, negative])
+    sides = [positive, negative]
+    subject, other = walk.regions(walk.potentials(prototypes.unit(features), sides), sides)
     score = subject.astype(float) - other
     return prototypes.Competition(subject, other, np.abs(score), score)
 
@@ -112,7 +113,7 @@ CHOICES = [
     Choice("prototypes of the background: five", {"background_prototypes": 5}),
     Choice("prototypes of the background: twenty", {"background_prototypes": 20}),
     Choice("competition: negative clicks ignored", with_negative=False),
-    Choice("competition: no nearness to the clicks", {"nearness": 0.0}),
+    Choice("competition: no nearness along the walk", {"nearness": 0.0}),
     Choice("competition: twice the nearness", {"nearness": 0.5}),
     Choice("competition: likeness to the object counts half", {"likeness": 0.5}),
     Choice("scores not smoothed", {"smooth": 0.01}),

@@ -52,7 +52,8 @@ def compete(
     seeds = [[patch_of(p, features.shape[:2]) for p in points] for points in sides]
     counts = [config.prototypes for _ in sides]
     like_frame = walk.frame_likeness(features)
-    regions = walk.regions(features, sides)
+    potentials = walk.potentials(features, sides)
+    regions, nearer = walk.regions(potentials, sides), walk.nearer(potentials)
     cores = [_core(region, s, like_frame) for region, s in zip(regions, seeds, strict=True)]
     objects = [prototypes(features[core], k) for core, k in zip(cores, counts, strict=True)]
     likeness = np.maximum(*(nearest(features, o) for o in objects))
@@ -61,7 +62,7 @@ def compete(
     for limit in (np.median(likeness[frame]), np.quantile(likeness, 0.8)):
         background = features[frame & (likeness <= limit)]
         if found is None or len(background) >= _LEAST_BACKGROUND:
-            found = _contest(features, sides, cores, counts, objects, background, config)
+            found = _contest(features, sides, cores, counts, objects, background, nearer, config)
         if (found.subject | found.negative)[frame].mean() <= _FRAME_SHARE:
             break
     return found
@@ -86,11 +87,11 @@ def _core(region: np.ndarray, seeds: Sequence[tuple[int, int]], like_frame: np.n
     return core
 
 
-def _contest(features, sides, cores, counts, objects, background, config: MaskConfig) -> Competition:
+def _contest(features, sides, cores, counts, objects, background, nearer, config: MaskConfig) -> Competition:
     """Rounds of judging and learning anew, from a first set of object prototypes and background patches."""
     background = prototypes(background, config.background_prototypes)
     for _ in range(config.rounds):
-        found = _judge(features, sides, objects, background, config)
+        found = _judge(features, objects, background, nearer if sides[1] else None, config)
         masks = tied(found, sides, cores)
         objects = [prototypes(features[m], k) if m.any() else o for m, k, o in zip(masks, counts, objects, strict=True)]
         # what lies next to an object is half object: learnt as background, it would eat the object from its rim
@@ -124,27 +125,19 @@ def nearest(features: np.ndarray, prototype_set: np.ndarray) -> np.ndarray:
     return (features @ prototype_set.T).max(-1)
 
 
-def _judge(features, sides, objects, background, config: MaskConfig) -> Competition:
+def _judge(features, objects, background, nearer, config: MaskConfig) -> Competition:
     """One round: scores of every patch, before components are tied to clicks."""
     subject, negative = (nearest(features, o) for o in objects)
     objectness = config.likeness * np.maximum(subject, negative) - nearest(features, background)
     objectness = ndimage.gaussian_filter(objectness, config.smooth)
     # Otsu's threshold may fall between two kinds of background; below 0 the background is the nearer one anyway
     threshold = max(0.0, float(threshold_otsu(objectness))) if np.ptp(objectness) > 0 else 0.0
-    if sides[1]:
-        near = [_distance(points, features.shape[:2]) for points in sides]
-        closer = (near[1] - near[0]) / (near[0] + near[1] + 1e-6)
-        ownership = ndimage.gaussian_filter(subject - negative + config.nearness * closer, config.smooth)
-    else:
+    if nearer is None:  # no negative click: every object is the subject's
         ownership = np.ones_like(objectness)
+    else:
+        ownership = ndimage.gaussian_filter(subject - negative + config.nearness * nearer, config.smooth)
     above = objectness > threshold
     return Competition(above & (ownership > 0), above & (ownership < 0), objectness - threshold, ownership)
-
-
-def _distance(points: Sequence[Point], grid: tuple[int, int]) -> np.ndarray:
-    """Distance of every patch to the nearest point, in patches."""
-    rows, columns = np.mgrid[: grid[0], : grid[1]] + 0.5
-    return np.minimum.reduce([np.hypot(columns - x * grid[1], rows - y * grid[0]) for x, y in points])
 
 
 def tied(found: Competition, sides: Sequence[Sequence[Point]], cores: Sequence[np.ndarray]) -> list[np.ndarray]:

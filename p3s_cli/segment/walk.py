@@ -44,14 +44,23 @@ def frame_likeness(features: np.ndarray) -> np.ndarray:
     return np.partition(features @ frame.T, -count, axis=-1)[..., -count:].mean(-1)
 
 
-def regions(features: np.ndarray, sides: Sequence[Sequence[Point]]) -> list[np.ndarray]:
-    """Unit patch features (H_p, W_p, D) and each side's points -> a mask (H_p, W_p) for each.
+def nearer(potentials: np.ndarray) -> np.ndarray:
+    """Which side's clicks a walker meets rather, in [-1, 1]: 1 only the first's, -1 only the second's, (H_p, W_p).
+
+    The nearness that counts between look-alikes: not the straight line to a click, on which the twin may be
+    the closer one, but whether one gets there without crossing an outline.
+    """
+    first, second = potentials
+    return (first - second) / (np.abs(first) + np.abs(second) + 1e-12)
+
+
+def regions(potentials: np.ndarray, sides: Sequence[Sequence[Point]]) -> list[np.ndarray]:
+    """`potentials` (2, H_p, W_p) and each side's points -> a mask (H_p, W_p) for each.
 
     Where the summed potential passes Otsu's threshold, a patch is the side's with the highest potential;
     components without a click in or next to them are dropped.
     """
-    grid = features.shape[:2]
-    potentials = _potentials(features, sides)
+    grid = potentials.shape[1:]
     total = ndimage.gaussian_filter(potentials.sum(0), _SMOOTH)
     above = total > threshold_otsu(total) if np.ptp(total) > 0 else np.zeros(grid, dtype=bool)
     first, second = potentials
@@ -69,8 +78,11 @@ def near_seeds(mask: np.ndarray, seeds: Sequence[tuple[int, int]]) -> np.ndarray
     return np.isin(labels, kept[kept > 0])
 
 
-def _potentials(features: np.ndarray, sides: Sequence[Sequence[Point]]) -> np.ndarray:
-    """Solve (L + T) u = T_side for each side, L the graph's Laplacian and T the conductances to the ends."""
+def potentials(features: np.ndarray, sides: Sequence[Sequence[Point]]) -> np.ndarray:
+    """Unit patch features (H_p, W_p, D) and each side's points -> (2, H_p, W_p).
+
+    Solves (L + T) u = T_side for each side, L the graph's Laplacian and T the conductances to the ends.
+    """
     grid = features.shape[:2]
     centred = features - features.mean((0, 1))
     centred /= np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-8)

@@ -22,6 +22,10 @@ def scene(seed=0):
     return unit(clean + 0.04 * rng.normal(size=clean.shape)), plan
 
 
+def regions(features, sides):
+    return walk.regions(walk.potentials(features, sides), sides)
+
+
 def at(row, column):
     return ((column + 0.5) / 24, (row + 0.5) / 16)
 
@@ -39,8 +43,8 @@ def test_the_mask_does_not_depend_on_where_in_the_object_the_click_is(click):
 
 def test_no_connection_no_region_and_swapped_sides_swap():
     features, plan = scene(1)
-    first, second = walk.regions(features, [[at(7, 5)], [at(7, 17)]])
-    swapped = walk.regions(features, [[at(7, 17)], [at(7, 5)]])
+    first, second = regions(features, [[at(7, 5)], [at(7, 17)]])
+    swapped = regions(features, [[at(7, 17)], [at(7, 5)]])
     assert first[plan == 1].mean() > 0.7 and second[plan == 2].mean() > 0.7
     assert not first[plan == 2].any() and not second[plan == 1].any()  # alike, but not joined
     assert np.array_equal(first, swapped[1]) and np.array_equal(second, swapped[0])
@@ -48,8 +52,8 @@ def test_no_connection_no_region_and_swapped_sides_swap():
 
 def test_a_side_without_points_has_no_region_and_flat_features_do_not_fail():
     features, _ = scene()
-    assert not walk.regions(features, [[at(7, 5)], []])[1].any()
-    assert len(walk.regions(np.ones((6, 8, 4)) / 2, [[(0.5, 0.5)], []])) == 2
+    assert not regions(features, [[at(7, 5)], []])[1].any()
+    assert len(regions(np.ones((6, 8, 4)) / 2, [[(0.5, 0.5)], []])) == 2
 
 
 def test_what_takes_little_of_the_frame_is_not_like_the_frame():
@@ -60,3 +64,11 @@ def test_what_takes_little_of_the_frame_is_not_like_the_frame():
     assert np.allclose(like[0], 1) and np.allclose(
         like[3:7, 0:4], 4 / 10
     )  # 30 % of 36 is 10, and 4 of them are its own
+
+
+def test_between_twins_the_walk_decides_and_not_the_straight_line():
+    features, plan = scene()
+    p, n = [at(5, 3), at(8, 8), at(9, 8)], [at(7, 19)]  # the clicks on the left are closer to the right one's near side
+    near = walk.nearer(walk.potentials(features, [p, n]))
+    assert (near[plan == 1] > 0).all() and (near[plan == 2] < 0).all() and np.abs(near).max() <= 1
+    assert np.allclose(near, -walk.nearer(walk.potentials(features, [n, p])))
