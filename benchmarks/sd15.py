@@ -32,6 +32,7 @@ from p3s_cli.methods import memory as needs  # noqa: E402
 from p3s_cli.sd import images, profile  # noqa: E402
 from p3s_cli.sd.family import load  # noqa: E402
 from p3s_cli.sd.single_file import CONFIGS  # noqa: E402
+from p3s_cli.sd.vocabulary import clip_tokenizer  # noqa: E402
 from p3s_cli.world.render import render  # noqa: E402
 from p3s_cli.world.scenes import lookalike_scene  # noqa: E402
 
@@ -68,8 +69,7 @@ def write(folder: Path, reduced: bool) -> None:
     half = [0.5, 0.5, 0.5]
     (root / "clip/preprocessor_config.json").write_text(json.dumps({"image_mean": half, "image_std": half}))
     DDIMScheduler.from_pretrained(CONFIGS / "scheduler").save_pretrained(root / "scheduler")
-    # SD's vocabulary is not shipped; the bundled family's tokens are among its first
-    shutil.copytree(Path(profile.find("world").base) / "tokenizer", root / "tokenizer", dirs_exist_ok=True)
+    clip_tokenizer().save_pretrained(root / "tokenizer")
     own = replace(profile.find("sd15"), name=root.name, base=".", clip="clip", inpainter=".")
     if reduced:
         own = replace(own, image_size=128, feature_layers=(2, 3), feature_side=112)

@@ -27,6 +27,7 @@ from p3s_cli.sd import profile as profiles
 from p3s_cli.sd.hub import Part
 from p3s_cli.sd.profile import CLASSICAL, Profile
 from p3s_cli.sd.vision import ClipPair, VisionTower
+from p3s_cli.sd.vocabulary import clip_tokenizer
 
 _TOWERS = {"dinov2": "facebook/dinov2-small@ed25f3a31f01632728cabb09d1542f84ab7b0056"}
 
@@ -58,6 +59,8 @@ class Family:
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
+        if self.profile.single:
+            return clip_tokenizer()
         part = self.profile.part("tokenizer")
         return hub.from_pretrained(CLIPTokenizer, part.source, part.subfolder)
 

@@ -82,8 +82,8 @@ class Profile:
             Part("tokenizer", base, "tokenizer", any_of=words, also=text_files),
             Part("scheduler", base, "scheduler", any_of=("scheduler_config.json",)),
         ]
-        if self.single:  # such a file carries no tokenizer; CLIP's own repository has SD v1's
-            own = [Part("tokenizer", clip, any_of=words, also=text_files)]
+        if self.single:  # what such a file does not carry ships with us
+            own = []
         vision_files = ("preprocessor_config.json", *words, *text_files)
         parts = [*own, Part("clip", clip, weights="model", also=vision_files)]
         sibling = self.inpainter

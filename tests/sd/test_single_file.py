@@ -10,6 +10,7 @@ from benchmarks.original_layout import original_layout
 from p3s_cli.errors import InputError
 from p3s_cli.sd import single_file
 from p3s_cli.sd.family import load
+from p3s_cli.sd.vocabulary import clip_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +83,21 @@ def test_both_layouts_give_the_same_family(twin, tmp_path):
     for part in models:
         one, other = single_file.load_part(path, part, configs).state_dict(), getattr(folder, part).state_dict()
         assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_the_vocabulary_that_ships_is_clips_own():
+    """Ids as CLIP's own repository documents them; every byte is a token, so that nothing is unknown."""
+    tokenizer = clip_tokenizer()
+    assert len(tokenizer) == 49_408 and tokenizer.model_max_length == 77
+    assert tokenizer("a photo of a dog").input_ids == [49406, 320, 1125, 539, 320, 1929, 49407]
+    odd = "ﬁ 猫 🐈 \x00"
+    assert tokenizer.unk_token_id not in tokenizer(odd).input_ids[1:-1] and tokenizer.pad_token_id == 49407
+    assert len(tokenizer(odd * 90, truncation=True).input_ids) == 77
+    assert tokenizer.decode(tokenizer("a [V] dog, sks!").input_ids, skip_special_tokens=True) == "a [ v ] dog , sks !"
+
+
+def test_a_single_file_needs_no_tokenizer_from_elsewhere(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    family = load(str(path), "cpu")
+    assert len(family.tokenizer) == 49_408 and [p.name for p in family.profile.parts if p.name == "tokenizer"] == []
