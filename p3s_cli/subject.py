@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -166,7 +167,7 @@ class Subject:
 def read_manifest(path: Path) -> Manifest:
     """Raises InputError if it is missing, of a schema this version does not read, or does not hold together."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{path.parent} is not a subject directory (it has no {path.name}); make one with: p3s mask PHOTO --pos X,Y -o {path.parent}"
@@ -186,6 +187,14 @@ def read_manifest(path: Path) -> Manifest:
         raise InputError(
             f"{path} is not a manifest this version reads ({where}: {first['msg']}); restore it or make the subject again"
         ) from error
+
+
+def _finite(number: str) -> float:
+    """Python's JSON reads NaN, Infinity and 1e999, and no JSON that is written back may hold them."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no number")
+    return value
 
 
 def mask_layout(reference: Reference) -> dict[str, tuple[str, tuple[int | None, ...]]]:

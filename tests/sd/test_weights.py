@@ -145,6 +145,18 @@ def test_a_control_of_another_base_names_both(tmp_path):
         subject.check_control("0123456789abcdef")
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_manifest_with_a_number_that_is_none_is_refused(tmp_path, number):
+    """Where anything may stand as well, so that what was read can always be written back."""
+    shutil.copytree(GOLDEN / "schema-1", tmp_path / "s")
+    path = tmp_path / "s" / "subject.json"
+    good = json.loads(path.read_text())
+    good["finetune"]["settings"]["k"] = 0.125
+    path.write_text(json.dumps(good).replace("0.125", number))
+    with pytest.raises(InputError, match=f"{number} is no number"):
+        Subject.open(tmp_path / "s")
+
+
 def test_a_manifest_of_a_newer_schema_or_with_paths_outside_is_refused(tmp_path):
     shutil.copytree(GOLDEN / "schema-1", tmp_path / "s")
     path = tmp_path / "s" / "subject.json"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, ResNetForImageClassification, ResNetModel
 
@@ -24,6 +27,7 @@ def stage_export(shop: Workshop) -> None:
     }
     for name, model in parts.items():
         model.save_pretrained(target / name, max_shard_size="15MB")
+        _forget_place(target / name / "config.json")
     CLIPTokenizer.from_pretrained(shop.family / "tokenizer").save_pretrained(target / "tokenizer")
     CLIPImageProcessor(
         size={"shortest_edge": SIZE},
@@ -33,3 +37,10 @@ def stage_export(shop: Workshop) -> None:
     ).save_pretrained(target / "clip")
     models.build_scheduler().save_pretrained(target / "scheduler")
     shop.log("export", {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()})
+
+
+def _forget_place(config: Path) -> None:
+    """Take out of a configuration the folder its model was read from, which is nobody else's."""
+    settings = json.loads(config.read_text())
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2) + "\n")
