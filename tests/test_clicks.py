@@ -48,8 +48,9 @@ def test_files_that_say_something_else(tmp_path, content, words):
 def test_a_box_stands_for_its_middle_and_bounds_the_mask(pair, world, tmp_path):
     images.save_png(tmp_path / "two.png", pair[0])
     rows, columns = (v.tolist() for v in pair[1][0].nonzero(as_tuple=True))
-    box = (min(columns), min(rows), max(columns), max(rows))
-    made = stages.mask(tmp_path / "two.png", box=box, output=tmp_path / "s", class_word="x", family=world, maps=True)
+    box = (min(columns) - 4, min(rows) - 4, max(columns) + 4, max(rows) + 4)  # as roughly as one draws it
+    options = {"negative": [pair[2][1]], "class_word": "x", "family": world}
+    made = stages.mask(tmp_path / "two.png", box=box, output=tmp_path / "s", maps=True, **options)
     mask = load_tensors(tmp_path / "s/references/00/mask.safetensors")[0]["subject"].bool()
     outside = mask.clone()
     outside[box[1] : box[3] + 1, box[0] : box[2] + 1] = False
@@ -57,7 +58,7 @@ def test_a_box_stands_for_its_middle_and_bounds_the_mask(pair, world, tmp_path):
     assert made.pictures[-1].name == "maps.png" and made.pictures[-1].is_file()
     assert not any("box" in w for w in made.warnings)
     half = (box[0], box[1], sum(box[::2]) // 2, box[3])
-    made = stages.mask(tmp_path / "two.png", box=half, output=tmp_path / "h", class_word="x", family=world)
+    made = stages.mask(tmp_path / "two.png", box=half, output=tmp_path / "h", **options)
     assert any("the box cuts" in w and "widen it" in w for w in made.warnings)
 
 
