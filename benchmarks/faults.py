@@ -74,6 +74,9 @@ def child(work: Callable[[], None]) -> int:
         return process
     code = 1
     try:
+        # torch replaces the pool that a fork has lost at its first use, and threads that load weights side by side
+        # may both find it gone ("Invalid thread pool!")
+        torch.set_num_threads(1)
         with signals.raising():
             work()
             code = 0
