@@ -46,7 +46,8 @@ from p3s_cli.stages import tuning
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STEPS, IMAGES = 6, 5  # of finetune; of generate, which makes two batches
-_SECONDS = re.compile(rb"<td>\d+\.\d</td>")  # scores have three decimals
+# scores have three decimals; seconds of what a kill fell right behind stay unknown
+_SECONDS = re.compile(rb"<td>(\d+\.\d)?</td>")
 
 
 def stages_story(family: Family, photo: Path, root: Path) -> None:
