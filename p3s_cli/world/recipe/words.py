@@ -67,6 +67,8 @@ def stage_words(shop: Workshop) -> None:
         return named + _KEEPING * lost, {"named": named.item(), "lost": lost.item()}
 
     shop.fit("words", naming, loss, weight_decay=0.01, ema=0.0)
+    if not shop.ended("words"):  # the next piece, too, needs the former tower, and the U-Net is carried once
+        return
     clip.save_pretrained(shop.family / "clip")
     if (shop.family / "unet").exists():
         unet = UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device)

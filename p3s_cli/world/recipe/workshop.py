@@ -136,6 +136,10 @@ class Workshop:
     def autocast(self):
         return torch.autocast(self.device.split(":")[0], torch.bfloat16)
 
+    def ended(self, stage: str) -> bool:
+        """Whether this run takes the stage to its end, and not only `until` a step before."""
+        return self.until is None or self.until >= (self.steps or STEPS[stage])
+
     def _checkpoint(self, stage: str) -> Checkpoint:
         folder = self.work / "checkpoints" / stage
         folder.mkdir(parents=True, exist_ok=True)
