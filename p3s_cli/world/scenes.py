@@ -151,6 +151,16 @@ def again(scene: Scene, seed: int) -> Scene:
     return Scene(placed, rng.choice([b for b in BACKGROUNDS if b != scene.background]), _look(rng))
 
 
+def each_pattern(scene: Scene) -> list[Scene]:
+    """The scene as many times as there are patterns: all subjects change theirs at once, everything else stays."""
+
+    def changed(placed: Placed, by: int) -> Placed:
+        pattern = PATTERNS[(PATTERNS.index(placed.instance.pattern) + by) % len(PATTERNS)]
+        return replace(placed, instance=replace(placed.instance, pattern=pattern))
+
+    return [replace(scene, subjects=tuple(changed(s, by) for s in scene.subjects)) for by in range(len(PATTERNS))]
+
+
 def solo(instance: Instance, seed: int, background: str | None = None, accessory: str | None = None) -> Scene:
     """The same individual alone in another scene and pose: what a correct result may look like."""
     rng = random.Random(seed)

@@ -17,7 +17,7 @@ import torch
 
 from p3s_cli.world.recipe.autoencoder import stage_vae
 from p3s_cli.world.recipe.contrast import stage_clip, stage_tokenizer, stage_vision, stage_vision_long
-from p3s_cli.world.recipe.denoiser import stage_unet, stage_unet_detail, stage_unet_long
+from p3s_cli.world.recipe.denoiser import stage_unet, stage_unet_detail, stage_unet_long, stage_unet_pattern
 from p3s_cli.world.recipe.export import stage_export
 from p3s_cli.world.recipe.readers import stage_identity, stage_labels
 from p3s_cli.world.recipe.words import stage_words
@@ -33,6 +33,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "unet": stage_unet,
     "unet_long": stage_unet_long,
     "unet_detail": stage_unet_detail,
+    "unet_pattern": stage_unet_pattern,
     "labels": stage_labels,
     "identity": stage_identity,
     "export": stage_export,

@@ -14,7 +14,16 @@ from torch.nn import functional as F
 
 from p3s_cli.sd.train import Checkpoint, Recipe, train
 from p3s_cli.world.render import render
-from p3s_cli.world.scenes import BACKGROUNDS, Wording, caption, sample_scene, short_caption
+from p3s_cli.world.scenes import (
+    BACKGROUNDS,
+    Scene,
+    Wording,
+    caption,
+    each_pattern,
+    sample_scene,
+    short_caption,
+)
+from p3s_cli.world.shapes import PATTERNS
 
 HELD_OUT = 10_000_000
 
@@ -27,6 +36,7 @@ STEPS = {
     "unet": 4_800,
     "unet_long": 6_000,
     "unet_detail": 2_800,
+    "unet_pattern": 4_500,
     "labels": 3_000,
     "identity": 1_200,
 }
@@ -39,6 +49,7 @@ BATCH = {
     "unet": 32,
     "unet_long": 32,
     "unet_detail": 32,
+    "unet_pattern": 32,
     "labels": 96,
     "identity": 128,
 }
@@ -51,6 +62,7 @@ LEARNING_RATE = {
     "unet": 5e-4,
     "unet_long": 5e-4,
     "unet_detail": 5e-4,
+    "unet_pattern": 5e-4,
     "labels": 3e-3,
     "identity": 2e-3,
 }
@@ -60,8 +72,8 @@ SCENES = 32_000
 class Pool:
     """Training scenes with fresh captions at every visit; drawn at first need and kept as bytes."""
 
-    def __init__(self, size: int, device: str):
-        self.device, self.scenes = device, [sample_scene(seed) for seed in range(size)]
+    def __init__(self, scenes: list[Scene], device: str):
+        self.device, self.scenes = device, scenes
         self._by_place = {
             b: torch.tensor([i for i, s in enumerate(self.scenes) if s.background == b]) for b in BACKGROUNDS
         }
@@ -124,7 +136,13 @@ class Workshop:
 
     @cached_property
     def pool(self) -> Pool:
-        return Pool(self._scenes, self.device)
+        return Pool([sample_scene(seed) for seed in range(self._scenes)], self.device)
+
+    @cached_property
+    def patterns(self) -> Pool:
+        """A quarter as many scenes, each in every pattern; a scene's four are in a row."""
+        seeds = range(self._scenes // len(PATTERNS))
+        return Pool([scene for seed in seeds for scene in each_pattern(sample_scene(seed))], self.device)
 
     def log(self, stage: str, row: dict) -> None:
         line = json.dumps({"stage": stage, **row})
