@@ -30,10 +30,16 @@ def test_a_batch_of_alike_scenes_shares_noise_and_time(tmp_path: Path):
     shop = Workshop(tmp_path, "cpu", seed=0, scenes=32, steps=None, until=None, compiled=False)
     latents = torch.arange(32.0).view(32, 1, 1, 1).expand(32, 4, 16, 16).contiguous()
     save_tensors(tmp_path / "four.safetensors", {"latents": latents, "subjects": torch.zeros(32, 1, 16, 16)})
-    batch = Shelf(shop, shop.patterns, "four").draw_alike(8, torch.Generator().manual_seed(0))
+    batch = Shelf(shop, shop.patterns, "four").draw_alike(8, torch.Generator().manual_seed(5))
+    faded = []
     for four in (slice(0, 4), slice(4, 8)):
         rows = batch.latents[four, 0, 0, 0].long().tolist()
         assert rows == list(range(rows[0], rows[0] + 4)) and rows[0] % 4 == 0
         assert (batch.noise[four] == batch.noise[four][0]).all() and (batch.t[four] == batch.t[four][0]).all()
         assert batch.captions[four] == [caption(shop.patterns.scenes[r], 0, full=True) for r in rows]
+        means = [x[four].mean() for x in (batch.noised, batch.latents)]
+        assert torch.isclose(*means)  # fading keeps the mean of the four
+        spread = [x[four, 0, 0, 0].std() for x in (batch.noised, batch.latents)]
+        faded.append(float(spread[0] / spread[1]))
     assert (batch.noise[0] != batch.noise[4]).any()
+    assert 1.0 in faded and 0 < min(faded) < 1  # seed 5: one as it is, one faded

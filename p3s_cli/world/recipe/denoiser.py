@@ -46,7 +46,9 @@ def stage_unet_pattern(shop: Workshop) -> None:
     """A fourth round, half of it on scenes that differ in nothing but the pattern, under the same noise.
 
     What the word changes is a fiftieth of the loss. Between four such scenes all the rest cancels, and the
-    gradient says what the word does.
+    gradient says what the word does. Every other four fade into their mean before the noise comes, with the
+    target unchanged: guidance, too, leaves states in which no pattern is to be seen, and the word has to bring
+    it back (input perturbation, arXiv:2301.11706, along the one direction in which sampling errs).
     """
     unet = UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device)
     _denoise(shop, "unet_pattern", unet, subject_weight=6.0, detail=0.5, alike=0.5)
@@ -54,9 +56,11 @@ def stage_unet_pattern(shop: Workshop) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """Scaled latents (B, 4, h, w), the share of each pixel that is subject (B, 1, h, w), captions, noise and t (B,)."""
+    """Scaled latents (B, 4, h, w) to be drawn and those that are noised, the share of each pixel that is subject
+    (B, 1, h, w), captions, noise and t (B,)."""
 
     latents: Tensor
+    noised: Tensor
     subjects: Tensor
     captions: list[str]
     noise: Tensor
@@ -65,6 +69,7 @@ class Batch:
     def __add__(self, other: Batch) -> Batch:
         return Batch(
             torch.cat((self.latents, other.latents)),
+            torch.cat((self.noised, other.noised)),
             torch.cat((self.subjects, other.subjects)),
             self.captions + other.captions,
             torch.cat((self.noise, other.noise)),
@@ -86,20 +91,26 @@ class Shelf:
         dropped = torch.rand(n, generator=generator) < 0.1
         captions = self.pool.captions(index, generator, complete=detail)
         captions = ["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)]
-        noise = torch.randn(self.latents[index].shape, generator=generator)
-        return self._batch(index, captions, noise, _timesteps(n, detail, generator))
+        x0 = self.latents[index]
+        noise = torch.randn(x0.shape, generator=generator)
+        return Batch(x0, x0, self._inside(index), captions, noise, _timesteps(n, detail, generator))
 
     def draw_alike(self, n: int, generator: torch.Generator) -> Batch:
-        """A `patterns` pool's scenes, all four of each under one noise at one timestep, with all that is to be said."""
+        """A `patterns` pool's scenes, all four of each under one noise at one timestep, with all that is to be said;
+        half of them faded into their mean, by any share."""
         k = len(PATTERNS)
         first = k * torch.randint(len(self.pool.scenes) // k, (n // k,), generator=generator)
         index = (first[:, None] + torch.arange(k)).flatten()
         captions = self.pool.captions(index, generator, complete=1.0)
+        x0 = self.latents[index].unflatten(0, (-1, k))
+        fade = torch.rand(n // k, generator=generator) * (torch.rand(n // k, generator=generator) < 0.5)
+        noised = torch.lerp(x0, x0.mean(1, keepdim=True).expand_as(x0), fade.view(-1, 1, 1, 1, 1))
         noise = torch.randn(self.latents[first].shape, generator=generator).repeat_interleave(k, 0)
-        return self._batch(index, captions, noise, _timesteps(n // k, 1.0, generator).repeat_interleave(k))
+        t = _timesteps(n // k, 1.0, generator).repeat_interleave(k)
+        return Batch(x0.flatten(0, 1), noised.flatten(0, 1), self._inside(index), captions, noise, t)
 
-    def _batch(self, index: Tensor, captions: list[str], noise: Tensor, t: Tensor) -> Batch:
-        return Batch(self.latents[index], self.subjects[index].float() / 255, captions, noise, t)
+    def _inside(self, index: Tensor) -> Tensor:
+        return self.subjects[index].float() / 255
 
 
 def _denoise(
@@ -129,12 +140,13 @@ def _denoise(
         batch = shelf.draw(BATCH[stage] - together, detail, generator)
         if fours:
             batch = batch + fours.draw_alike(together, generator)
-        x0, noise, t = (x.to(shop.device) for x in (batch.latents, batch.noise, batch.t))
+        x0, noised, noise, t = (x.to(shop.device) for x in (batch.latents, batch.noised, batch.noise, batch.t))
         weight = 1 + (subject_weight - 1) * batch.subjects.to(shop.device)
         with shop.autocast():
-            eps = predict(scheduler.add_noise(x0, noise, t), t, encode(batch.captions)).sample
+            eps = predict(scheduler.add_noise(noised, noise, t), t, encode(batch.captions)).sample
         snr = alphas[t] / (1 - alphas[t])
-        error = (weight * (eps.float() - noise).square()).mean((1, 2, 3)) / weight.mean((1, 2, 3))
+        target = noise + snr.sqrt().view(-1, 1, 1, 1) * (noised - x0)  # the noise that leads from x_t to x0
+        error = (weight * (eps.float() - target).square()).mean((1, 2, 3)) / weight.mean((1, 2, 3))
         return (error * snr.clamp(max=5) / snr).mean(), {}
 
     shop.fit(stage, unet, loss, weight_decay=0.01, ema=0.999)
