@@ -62,6 +62,9 @@ class ControlConfig:
     word_lr_scale: float = 20.0  # its learning rate, relative to the rest
     decay: Literal["constant", "cosine"] = "cosine"  # of the learning rate, over all steps
     timesteps: Timesteps = "cubic"  # cubic: more of the noisy steps, where shape and colour are decided
+    # how far, in latents, states are led from the subject's colours while training, to be mended; the paper has none
+    astray: float = 0.0
+    astray_share: float = 0.7  # of the states
     drop_text: float = 0.3  # 0.1 in Sec. IV-A; text and injection are dropped independently
     drop_injection: float = 0.1
     augment: Literal["none", "joint", "independent"] = "none"  # geometry of reference and target
@@ -149,6 +152,7 @@ PAPER_CONTROL = ControlConfig(
     learned_word=False,
     decay="constant",
     timesteps="uniform",
+    astray=0.0,
     augment="none",
     reference_view="photo",
     reference_background="keep",
@@ -184,6 +188,7 @@ _UNSAID = {
     "learned_word": False,
     "decay": "constant",
     "timesteps": "uniform",
+    "astray": 0.0,
     "reference_view": "photo",
     "preserve": 0.0,
 }

@@ -103,6 +103,7 @@ _ABLATIONS: tuple[Entry, ...] = (
     _control("no learned word", learned_word=False),
     _control("constant rate", decay="constant"),
     _control("uniform timesteps", timesteps="uniform"),
+    _control("states led astray", astray=0.7),
     _control("close view", reference_view="close"),
     _control("whole photo", reference_view="photo"),
     Entry("three references", references=_THREE),

@@ -9,11 +9,14 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from p3s_cli.config import Timesteps
 from p3s_cli.paper.losses import denoising_loss
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.sample import Eps
+
+_PATCHES = 0.7  # of the shifts that `astray` makes, how much differs from one part of the picture to another
 
 
 def noise_schedule(family: Family) -> Tensor:
@@ -38,6 +41,25 @@ def diffuse(
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
     alpha = schedule[t].view(-1, 1, 1, 1)
     return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, t, noise
+
+
+def astray(
+    x_t: Tensor, noise: Tensor, alpha: Tensor, inside: Tensor, generator: torch.Generator, size: float, share: float
+) -> tuple[Tensor, Tensor]:
+    """Lead a share of the states astray inside the mask, by smooth random shifts, with the same x_0 as their target.
+
+    Noised pictures of the subject hold its colours already, so a control trained on those alone believes the
+    state; guided sampling brings it states of other colours, which it has to mend (input perturbation,
+    arXiv:2301.11706, along what sampling errs in). x_t, noise (B, 4, h, w), alpha (B, 1, 1, 1) the cumulative one,
+    inside (B, 1, h, w). `size` is the standard deviation of a channel's shift, as a share of what is weaker in
+    x_t, picture or noise. Returns the state and the noise that leads from it to x_0.
+    """
+    n, channels, *sides = x_t.shape
+    patches = F.interpolate(torch.randn(n, channels, 4, 4, generator=generator), size=sides, mode="bilinear")
+    shift = torch.randn(n, channels, 1, 1, generator=generator) + _PATCHES * patches
+    led = (torch.rand(n, 1, 1, 1, generator=generator) < share).float()
+    shift = torch.minimum(alpha.sqrt(), (1 - alpha).sqrt()) * inside * (size * led * shift).to(x_t.device)
+    return x_t + shift, noise + shift / (1 - alpha).sqrt()
 
 
 @dataclass(frozen=True)

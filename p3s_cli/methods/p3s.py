@@ -14,7 +14,7 @@ from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, Memory
 from p3s_cli.methods.base import Generator, register
 from p3s_cli.methods.binding import Bound, Part
 from p3s_cli.methods.conditioning import Bank
-from p3s_cli.methods.denoising import diffuse, noise_schedule
+from p3s_cli.methods.denoising import astray, diffuse, noise_schedule
 from p3s_cli.methods.photos import read_photos
 from p3s_cli.paper.injection import attention_seam
 from p3s_cli.paper.losses import denoising_loss, total_loss
@@ -154,6 +154,9 @@ class _Loss:
         config, n = self.config, self.batch
         x0, inside, seen = self.bank.draw(n, config, generator)
         x_t, t, noise = diffuse(x0, self.noise_schedule, generator, config.timesteps)
+        if config.astray:
+            alpha = self.noise_schedule[t].view(-1, 1, 1, 1)
+            x_t, noise = astray(x_t, noise, alpha, inside, generator, config.astray, config.astray_share)
         x_t = x_t.to(self.dtype)
         template = torch.randint(len(self.text) - 1, (n,), generator=generator)
         no_text = torch.rand(n, generator=generator) < config.drop_text
