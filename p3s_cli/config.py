@@ -60,7 +60,7 @@ class ControlConfig:
     )
     learned_word: bool = True  # an offset learnt at the identifier's text states; the paper has none
     word_lr_scale: float = 20.0  # its learning rate, relative to the rest
-    decay: Literal["constant", "cosine"] = "cosine"  # of the learning rate, over all steps
+    decay: Literal["constant", "cosine"] = "constant"  # of the learning rate; cosine falls to zero over all steps
     timesteps: Timesteps = "cubic"  # cubic: more of the noisy steps, where shape and colour are decided
     drop_text: float = 0.3  # 0.1 in Sec. IV-A; text and injection are dropped independently
     drop_injection: float = 0.1
@@ -147,7 +147,6 @@ PAPER_CONTROL = ControlConfig(
     attention_loss="printed",
     attention_gradient="both",
     learned_word=False,
-    decay="constant",
     timesteps="uniform",
     augment="none",
     reference_view="photo",

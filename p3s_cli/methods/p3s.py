@@ -58,6 +58,7 @@ class P3S:
             steps=config.steps,
             lr=config.lr,
             weight_decay=0.01,
+            decay=config.control.decay,
             seed=config.seed,
             lr_scale=(
                 ("gates", config.control.gate_lr_scale),
