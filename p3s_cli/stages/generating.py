@@ -15,7 +15,7 @@ from p3s_cli import __version__, methods
 from p3s_cli import config as settings
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
-from p3s_cli.methods.base import Generator
+from p3s_cli.methods.base import Generator, Learnt
 from p3s_cli.methods.binding import Part
 from p3s_cli.methods.memory import choose, within
 from p3s_cli.methods.p3s import P3S
@@ -240,7 +240,7 @@ def _bound(
         parts = [_part(s, strength) for s, strength in ((subject, 1.0), *joined.also)]
         return P3S().bind_many(family, parts, sampling)
     tensors, metadata = _read(subject)
-    return methods.get(subject.method).bind(family, subject, tensors, metadata["config"], sampling)
+    return methods.get(subject.method).bind(family, Learnt(subject, tensors, metadata["config"]), sampling)
 
 
 def _read(subject: Subject) -> tuple[dict[str, Tensor], dict]:

@@ -12,6 +12,7 @@ from p3s_cli import config as settings
 from p3s_cli import methods
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
+from p3s_cli.methods.base import Lesson
 from p3s_cli.methods.memory import choose, within
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
@@ -95,7 +96,7 @@ def finetune(
     def fit(profile: str, saving: settings.MemoryProfile) -> tuple[str, dict[str, torch.Tensor]]:
         checkpoint = Checkpoint(subject.path(f"{_CHECKPOINT}{digest(inputs, options, profile)[:16]}"))
         with exact(deterministic):
-            return profile, teacher.fit(family, subject, replace(config, memory=saving), on_step, checkpoint)
+            return profile, teacher.fit(Lesson(family, subject, replace(config, memory=saving), on_step, checkpoint))
 
     (profile, tensors), trouble = within(profile, saving, fit)
     halves = {k: t.half() for k, t in tensors.items()}

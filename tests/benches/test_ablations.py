@@ -12,6 +12,7 @@ from p3s_cli.benches.entries import Entry, ablations
 from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, WeightSchedule
 from p3s_cli.errors import InputError
 from p3s_cli.evals.metrics import intersection_over_union
+from p3s_cli.methods.base import Lesson
 from p3s_cli.methods.binding import Part
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.methods.photos import mask_tensors, read_originals, read_photos
@@ -99,7 +100,7 @@ def fitted(case, tiny_family):
     subject = Subject.open(case[0].subject)
 
     def fit(control):
-        return P3S().fit(tiny_family, subject, FinetuneConfig(control, steps=2, lr=1e-3, batch=16))
+        return P3S().fit(Lesson(tiny_family, subject, FinetuneConfig(control, steps=2, lr=1e-3, batch=16)))
 
     return fit
 
