@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from p3s_cli import stages
 from p3s_cli.config import ControlConfig, FinetuneConfig
+from p3s_cli.methods.base import Lesson
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.paper.subject_copy import build_copy
 from p3s_cli.sd import images, sample, text
@@ -120,7 +121,8 @@ def training_step(family: Family, subject: Subject, steps: int, batch: int | Non
     """Median seconds of a step of `P3S.fit`, after two that are not counted."""
     clock: list[float] = []
     config = FinetuneConfig(ControlConfig(**control), steps=steps + 3, batch=batch)
-    P3S().fit(family, subject, config, lambda *_: (wait(family.device), clock.append(time.perf_counter())))
+    heard = lambda *_: (wait(family.device), clock.append(time.perf_counter()))  # noqa: E731
+    P3S().fit(Lesson(family, subject, config, heard))
     return median(b - a for a, b in zip(clock[2:], clock[3:], strict=False))
 
 
@@ -130,7 +132,7 @@ def training_floor(family: Family, subject: Subject) -> float:
     for steps in (1, 2):
         # attention spelt out, for not every fused kernel has a formula
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            P3S().fit(family, subject, FinetuneConfig(steps=steps))
+            P3S().fit(Lesson(family, subject, FinetuneConfig(steps=steps)))
         counted.append(counter.get_total_flops())
     n = 8192 if family.device.startswith("cuda") else 1024
     a, b = torch.randn(2, n, n, device=family.device).to(family.dtype)

@@ -60,7 +60,7 @@ class ControlConfig:
     )
     learned_word: bool = True  # an offset learnt at the identifier's text states; the paper has none
     word_lr_scale: float = 20.0  # its learning rate, relative to the rest
-    decay: Literal["constant", "cosine"] = "cosine"  # of the learning rate, over all steps
+    decay: Literal["constant", "cosine"] = "constant"  # of the learning rate; cosine falls to zero over all steps
     timesteps: Timesteps = "cubic"  # cubic: more of the noisy steps, where shape and colour are decided
     # how far, in latents, states are led from the subject's colours while training, to be mended; the paper has none
     astray: float = 0.0
@@ -150,7 +150,6 @@ PAPER_CONTROL = ControlConfig(
     attention_loss="printed",
     attention_gradient="both",
     learned_word=False,
-    decay="constant",
     timesteps="uniform",
     astray=0.0,
     augment="none",

@@ -74,6 +74,11 @@ class Manifest(_Strict):
     finetune: Stage | None = None
     generated: list[Stage] = Field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """What a prompt calls the subject."""
+        return f"{self.identifier} {self.class_word}"
+
 
 class Subject:
     """A subject directory that has been read. Paths in the manifest are relative to it."""

@@ -48,6 +48,14 @@ def test_the_main_path_end_to_end(home, pair):
     assert "unchanged" in again.stdout
 
 
+def test_the_first_page_has_a_whole_sentence_for_every_command():
+    """On 80 columns; a longer first sentence would be cut off with three dots."""
+    page = runner.invoke(app, ["--help"], env={"COLUMNS": "80"}).stdout
+    summaries = [line.strip() for line in page.split("Commands:\n")[1].splitlines()]
+    assert len(summaries) == len(app.registered_commands)
+    assert all(line.endswith(".") and not line.endswith("...") for line in summaries)
+
+
 BAD = [
     (["mask", "gone.png", "--pos", "1,1"], "gone.png does not exist"),
     (["mask", "two.png", "--pos", "500,1"], "128 wide and 128 high"),
@@ -64,6 +72,10 @@ BAD = [
     (["eval", "nowhere", "--quick"], "--quick belongs to --bench world"),
     (["eval", "--bench", "imagenet"], "choose world or dreambench"),
     (["eval", "--bench", "world", "--protocol", "p3s"], "leave out --protocol"),
+    (["eval", "nowhere", "--output", "there"], "scored in its own directory"),
+    (["eval", "here", "--bench", "world", "--output", "there"], "two folders to work in"),
+    (["eval", "--bench", "world", "--ablate", "--method", "lora"], "leave out --method and --equal-time"),
+    (["eval", ".", "--bench", "dreambench", "--self-check", "--method", "lora"], "leave out --method"),
     (["eval", "--bench", "world", "--method", "lore"], "no method is called 'lore'"),
     (["eval", "--bench", "world", "--ablate", "--only", "nothing"], "nothing here is called 'nothing'"),
     (["eval", "--bench", "dreambench"], "name the DreamBench folder"),

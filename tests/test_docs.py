@@ -9,7 +9,8 @@ import typer
 
 from p3s_cli.cli import app
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 ORDER = ("setup", "mask", "finetune", "generate", "compose", "share", "pipeline")  # each goes on where the last ended
 
 
@@ -19,6 +20,14 @@ def blocks(page: str, kind: str) -> list[str]:
 
 def test_no_page_is_left_out():
     assert {p.stem for p in DOCS.glob("*.md")} == set(ORDER) and all(blocks(p, "python") for p in ORDER)
+
+
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("benchmarks/results/*.md")], ids=lambda p: p.stem
+)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
 def test_the_examples_run_one_after_the_other(tmp_path, monkeypatch):

@@ -79,6 +79,15 @@ def test_repeating_a_stage_does_nothing_until_forced(masked, photo, pair, world,
     assert not stages.mask(photo, [left], [right], masked.subject, force=True, family=world).unchanged
 
 
+@pytest.mark.parametrize("method", ["p3s", "textual-inversion"])
+def test_another_seed_is_another_run(masked, world, method):
+    """Also for the methods whose recipe does not hold the seed."""
+    first = stages.finetune(masked.subject, method, steps=1, lr=1e-2, family=world)
+    before = first.control.read_bytes()
+    assert not stages.finetune(masked.subject, method, steps=1, lr=1e-2, seed=1, family=world).unchanged
+    assert first.control.read_bytes() != before
+
+
 def test_a_moved_point_makes_the_control_stale_and_says_how_to_refresh_it(tuned, photo, pair, world):
     _, _, (left, right) = pair
     stages.mask(photo, [(left[0] + 6, left[1] + 6)], [right], tuned, family=world)

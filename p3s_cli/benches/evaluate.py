@@ -49,21 +49,23 @@ def evaluate(
     **common: Any,
 ) -> EvalResult:
     """One of the evaluations below, as the command line names them. Raises InputError for what does not fit together."""
-    of_world = {
-        "--ablate": ablate,
-        "--only": only,
-        "--equal-time": equal_time,
-        "--quick": quick,
-        "--strength": strengths,
-    }
-    of_dreambench = {"--subject": subjects, "--shard": shard, "--points": points, "--self-check": check}
-    _refuse(bench, "world", of_world)
-    _refuse(bench, "dreambench", of_dreambench)
+    _refuse(bench, "world", {"--ablate": ablate, "--only": only, "--equal-time": equal_time})
+    _refuse(bench, "world", {"--quick": quick, "--strength": strengths})
+    _refuse(bench, "dreambench", {"--subject": subjects, "--shard": shard, "--points": points, "--self-check": check})
     _refuse(bench, None, {"--prompt": prompts})
-    if bench == "world" and protocol:
-        raise InputError("--bench world is scored by the family's own protocol; leave out --protocol")
-    if only and not ablate:
-        raise InputError("--only names rows of --ablate; add that, or choose methods with --method")
+    for unheeded, sentence in (
+        (output and not bench, "a subject is scored in its own directory; leave out --output"),
+        (output and bench == "world" and target, "--bench world got two folders to work in; leave out --output"),
+        (protocol and bench == "world", "--bench world is scored by the family's own protocol; leave out --protocol"),
+        (only and not ablate, "--only names rows of --ablate; add that, or choose methods with --method"),
+        (ablate and (names or equal_time), "--ablate compares P3S with itself; leave out --method and --equal-time"),
+        (
+            check and (names or subjects or shard or points),
+            "--self-check scores every subject's real photos; leave out --method, --subject, --shard and --points",
+        ),
+    ):
+        if unheeded:
+            raise InputError(sentence)
     if protocol:
         protocols.protocol(protocol)
     names = methods.NAMES if names and "all" in names else tuple(names or ("p3s",))
@@ -73,37 +75,17 @@ def evaluate(
             raise InputError("name a subject directory, or a benchmark with --bench world or --bench dreambench PATH")
         return evaluate_subject(target, names, prompts or (), protocol, model=model, **common)
     if bench == "world":
-        wanted = only if ablate else names
-        budgets = ("published", "equal") if equal_time else ("published",)
-        return evaluate_world(
-            target or output or _WORLD_WORK,
-            wanted,
-            ablate,
-            budgets,
-            quick,
-            strengths or (),
-            model=model or "world",
-            **common,
-        )
+        choice = dict(names=only if ablate else names, ablate=ablate, quick=quick, strengths=strengths or ())
+        choice |= dict(budgets=("published", "equal") if equal_time else ("published",), model=model or "world")
+        return evaluate_world(target or output or _WORLD_WORK, **choice, **common)
     if bench != "dreambench":
         raise InputError(f"no benchmark is called {bench!r}; choose world or dreambench")
     if target is None:
         raise InputError("name the DreamBench folder: p3s eval --bench dreambench PATH")
-    where = {"work": output or _DREAMBENCH_WORK, "model": model or "sd15"}
+    where = dict(work=output or _DREAMBENCH_WORK, model=model or "sd15", protocol_name=protocol or "dreambooth")
     if check:
-        return self_check(
-            target, protocol_name=protocol or "dreambooth", device=common["device"], on_progress=on_progress, **where
-        )
-    return evaluate_dreambench(
-        target,
-        names=names,
-        subjects=subjects,
-        shard=shard,
-        points=points,
-        protocol_name=protocol or "dreambooth",
-        **where,
-        **common,
-    )
+        return self_check(target, device=common["device"], on_progress=on_progress, **where)
+    return evaluate_dreambench(target, names=names, subjects=subjects, shard=shard, points=points, **where, **common)
 
 
 def _refuse(bench: str | None, only_for: str | None, options: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def generate(
     ] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default 50, with --fast 20.")] = None,
     fast: Annotated[
-        bool, typer.Option("--fast", help="20 steps of a multistep solver, the copy running at every other one.")
+        bool, typer.Option("--fast", help="20 steps of a multistep solver; P3S's copy runs at every other one.")
     ] = False,
     guidance: Annotated[
         float | None, typer.Option(help="Strength of the text; default the family's (7.5 for sd15).")
@@ -49,7 +49,7 @@ def generate(
     schedule: Annotated[
         str,
         typer.Option(
-            help="P3S: weight over time, quadratic, fixed, increasing, decreasing, off, or learned by the control."
+            help="P3S: how its weight runs over time: quadratic, fixed, increasing, decreasing, off, or learned."
         ),
     ] = "quadratic",
     strength: Annotated[float, typer.Option(min=0, help="Multiplies the weight of every subject.")] = 1.0,
@@ -65,7 +65,9 @@ def generate(
     lora: Annotated[
         list[str] | None, typer.Option(help="LoRA for the base, a .safetensors file[=STRENGTH]. Repeatable.")
     ] = None,
-    references: Annotated[int, typer.Option(min=1, help="How many of each subject's references it is shown.")] = 1,
+    references: Annotated[
+        int, typer.Option(min=1, help="P3S: how many of a subject's reference photos it is shown.")
+    ] = 1,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; default the family's square.")] = None,
     safety_checker: Annotated[bool, typer.Option(help="Blacken what the base's safety checker flags.")] = True,
     metadata: Annotated[bool, typer.Option(help="Put prompt, seed and settings into each PNG.")] = True,
@@ -129,7 +131,7 @@ def demo(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """The whole job on the bundled family: a drawn scene with two look-alikes, eight images of the chosen one."""
+    """The whole job on the bundled family, nothing to download. Two look-alikes are drawn, one is chosen and drawn anew."""
     from p3s_cli import demo as story
 
     run_stage(story.demo, as_json, story.table, directory=directory, seed=seed, device=device, dtype=dtype, force=force)

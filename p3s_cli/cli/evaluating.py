@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from p3s_cli.cli.app import app
-from p3s_cli.cli.shared import Device, Dtype, Json, OtherModel, Seed, run_stage
+from p3s_cli.cli.shared import Device, Dtype, Json, Seed, run_stage
 
 
 @app.command("eval")
@@ -32,7 +32,7 @@ def evaluate(
     equal_time: Annotated[
         bool, typer.Option("--equal-time", help="World: rivals also with P3S's own wall-clock for tuning.")
     ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="World: a fixed subset, for ablations.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="World: 3 of 12 subjects, 4 of 12 prompts, 20 steps.")] = False,
     strength: Annotated[
         list[float] | None, typer.Option(help="World: draw at this strength, too, for the trade-off plot. Repeatable.")
     ] = None,
@@ -48,17 +48,21 @@ def evaluate(
     check: Annotated[
         bool, typer.Option("--self-check", help="DreamBench: real photos against real photos, nothing is drawn.")
     ] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where a benchmark works.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A benchmark's working folder; default ./p3s-bench-<name>.")
+    ] = None,
     n: Annotated[
         int | None, typer.Option("-n", min=1, help="Images of each prompt; default 4, with --quick 2.")
     ] = None,
     seed: Seed = 0,
-    model: OtherModel = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base; default the subject's own, the world's for world, sd15 for dreambench.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score a subject or a benchmark: table, rows, and a page with the pictures. Goes on where it stopped."""
+    """Score a subject, or methods on a benchmark. Writes a table, rows and a page; goes on where it stopped."""
     from p3s_cli import benches
 
     chosen = dict(target=target, bench=bench, names=method, output=output, model=model, n=n, seed=seed)

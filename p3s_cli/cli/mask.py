@@ -54,7 +54,7 @@ def mask(
     deterministic: Deterministic = False,
     as_json: Json = False,
 ) -> None:
-    """Points on a photo -> the subject's mask, and the photo without its look-alike."""
+    """Points on a photo -> masks, the photo without its look-alike."""
     from p3s_cli import stages
 
     if grid:

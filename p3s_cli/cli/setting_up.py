@@ -18,7 +18,7 @@ def doctor(
     vision: OtherVision = None,
     as_json: Json = False,
 ) -> None:
-    """What is installed, which models are here, what each stage needs, and what to do about it. Fetches nothing."""
+    """What is here, what each stage needs, and what to do about it. Fetches nothing."""
     from p3s_cli import setup
 
     run_stage(setup.doctor, as_json, _show_report, model=model, device=device, dtype=dtype, vision=vision)
@@ -51,7 +51,7 @@ def fetch(
     vision: OtherVision = None,
     as_json: Json = False,
 ) -> None:
-    """Bring everything a family needs into the cache, and verify it; or the metric models of a protocol."""
+    """Bring a family's models into the cache, and verify them. Or the metric models of a protocol."""
     from p3s_cli import setup
 
     run_stage(setup.fetch, as_json, lambda parts: [_show_part(p) for p in parts], model=model, vision=vision)

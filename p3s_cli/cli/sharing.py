@@ -17,13 +17,13 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File; default ./<subject>.p3s.safetensors.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Of the difference to the base; 48 is 73 MB on SD v1-5.")] = 48,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the difference to the base; 48 is 73 MB on SD v1-5.")] = 48,
     full: Annotated[bool, typer.Option("--full", help="The whole control in fp16 (1.2 GB on SD v1-5).")] = False,
     model: OtherModel = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """A tuned subject as one small file: low-rank control, inpainted references, masks."""
+    """A tuned subject as one small file. Holds its control, inpainted references and masks, never the photos."""
     from p3s_cli import stages
 
     def show(result: Any) -> list[str]:
@@ -44,7 +44,7 @@ def import_(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """A subject directory, ready to generate, from an exported file; its base is checked."""
+    """A subject directory, ready to generate, from an exported file. Refuses another base than it was tuned on."""
     from p3s_cli import stages
 
     def show(result: Any) -> list[str]:

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
 from p3s_cli.sd.family import Family, Profile
 from p3s_cli.sd.sample import Eps
-from p3s_cli.sd.train import Checkpoint, OnStep
+from p3s_cli.sd.train import Checkpoint, Loss, OnStep, Recipe, train
 from p3s_cli.subject import Subject
 
 R = TypeVar("R")
@@ -30,12 +30,38 @@ class Generator:
     eps: Eps
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a method is given to learn from: a family, a masked subject, and what was asked for.
+
+    `on_step` hears of every step; the state of the run is kept in `checkpoint`, and taken up from there.
+    """
+
+    family: Family
+    subject: Subject
+    config: FinetuneConfig
+    on_step: OnStep | None = None
+    checkpoint: Checkpoint | None = None
+
+    def train(self, parameters: Mapping[str, nn.Parameter], loss: Loss, recipe: Recipe) -> dict[str, Tensor]:
+        """The one loop, heard and kept as asked for."""
+        return train(parameters, loss, recipe, self.on_step, self.checkpoint)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a method made of a subject, read back from its artifact: the tensors of `fit`, and `recipe` as a dict."""
+
+    subject: Subject
+    tensors: Mapping[str, Tensor]
+    recipe: Mapping[str, Any]
+
+
 class Method(Protocol):
     """A way to teach a family one subject. `fit` returns what it learnt, `bind` uses it for a while.
 
     Neither changes the family: what trains is a module of the method's own or a copy. `given` is what the
-    method sees of a reference. `recipe` is every setting that `fit` will use, a dataclass with at least
-    `steps`; read back from the artifact as a dict, it comes to `bind`.
+    method sees of a reference. `recipe` is every setting that `fit` will use, a dataclass with at least `steps`.
     """
 
     name: str
@@ -43,23 +69,9 @@ class Method(Protocol):
 
     def recipe(self, profile: Profile, config: FinetuneConfig) -> Any: ...
 
-    def fit(
-        self,
-        family: Family,
-        subject: Subject,
-        config: FinetuneConfig,
-        on_step: OnStep | None = None,
-        checkpoint: Checkpoint | None = None,
-    ) -> dict[str, Tensor]: ...
+    def fit(self, lesson: Lesson) -> dict[str, Tensor]: ...
 
-    def bind(
-        self,
-        family: Family,
-        subject: Subject,
-        tensors: Mapping[str, Tensor],
-        recipe: Mapping[str, Any],
-        sampling: GenerateConfig,
-    ) -> AbstractContextManager[Generator]: ...
+    def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> AbstractContextManager[Generator]: ...
 
 
 REGISTRY: dict[str, Method] = {}
@@ -70,7 +82,11 @@ def register(method: Method) -> Method:
     return method
 
 
+def asked(config: FinetuneConfig) -> dict[str, Any]:
+    """Steps, rate and batch, as far as they were asked for."""
+    return {n: getattr(config, n) for n in ("steps", "lr", "batch") if getattr(config, n) is not None}
+
+
 def settled(published: R, name: str, profile: Profile, config: FinetuneConfig) -> R:
     """A published recipe, with what the family recommends for the method, then with what was asked for."""
-    asked = {n: getattr(config, n) for n in ("steps", "lr", "batch") if getattr(config, n) is not None}
-    return replace(published, **(profile.methods.get(name, {}) | asked))
+    return replace(published, **(profile.methods.get(name, {}) | asked(config)))

@@ -7,16 +7,16 @@ of several subjects apart, is left out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
-from p3s_cli.methods.base import Generator, register, settled
+from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
 from p3s_cli.methods.denoising import Denoising, Part, noise_of, trainable, training_copy, tuned_copy
 from p3s_cli.methods.photos import read_originals
 from p3s_cli.methods.prior import prior
@@ -24,7 +24,7 @@ from p3s_cli.methods.views import base_view, look
 from p3s_cli.methods.words import NewWord
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, Profile
-from p3s_cli.sd.train import Checkpoint, OnStep, Recipe, train
+from p3s_cli.sd.train import OnStep, Recipe
 from p3s_cli.subject import Subject
 
 PROMPT = "a photo of a {}"
@@ -74,43 +74,33 @@ class BreakAScene:
     def recipe(self, profile: Profile, config: FinetuneConfig) -> BreakASceneRecipe:
         return settled(BreakASceneRecipe(), self.name, profile, config)
 
-    def fit(
-        self,
-        family: Family,
-        subject: Subject,
-        config: FinetuneConfig,
-        on_step: OnStep | None = None,
-        checkpoint: Checkpoint | None = None,
-    ) -> dict[str, Tensor]:
+    def fit(self, lesson: Lesson) -> dict[str, Tensor]:
         """Learn from photo and mask. Returns the word and all tensors of U-Net and text encoder, float32."""
-        r = self.recipe(family.profile, config)
+        family, subject, seed = lesson.family, lesson.subject, lesson.config.seed
+        r = self.recipe(family.profile, lesson.config)
         word, unet = NewWord(family, subject.manifest, instead_of_class=True), training_copy(family.unet)
-        kept = prior(family, r.class_prompt, r.class_images, r.class_steps, config.seed, r.batch, r.prior_weight)
+        kept = prior(family, r.class_prompt, r.class_images, r.class_steps, seed, r.batch, r.prior_weight)
         loss = Denoising(family, unet, [_scenes(family, subject, word, r.batch), kept])
         first, second = r.steps // 2, r.steps - r.steps // 2
         # beside the run's own checkpoint and under its name, so that it goes when that one goes
-        early = checkpoint and replace(checkpoint, path=checkpoint.path.with_name(f"{checkpoint.path.name}-word"))
-        recipe = Recipe(first, r.word_lr, r.weight_decay, seed=config.seed)
-        train({"word": word.row}, loss, recipe, _counted(on_step, 0, r.steps), early)
+        kept_at = lesson.checkpoint
+        early = kept_at and replace(kept_at, path=kept_at.path.with_name(f"{kept_at.path.name}-word"))
+        recipe = Recipe(first, r.word_lr, r.weight_decay, seed=seed)
+        half = replace(lesson, on_step=_counted(lesson.on_step, 0, r.steps), checkpoint=early)
+        half.train({"word": word.row}, loss, recipe)
         unet.requires_grad_(True)
         word.text_encoder.requires_grad_(True).get_input_embeddings().known.requires_grad_(False)
         everything = trainable(unet, "unet.") | trainable(word.text_encoder, "text.")
-        recipe = replace(recipe, steps=second, lr=r.lr, seed=config.seed + 1)
-        return train(everything, loss, recipe, _counted(on_step, first, r.steps), checkpoint)
+        recipe = replace(recipe, steps=second, lr=r.lr, seed=seed + 1)
+        half = replace(lesson, on_step=_counted(lesson.on_step, first, r.steps))
+        return half.train(everything, loss, recipe)
 
     @contextlib.contextmanager
-    def bind(
-        self,
-        family: Family,
-        subject: Subject,
-        tensors: Mapping[str, Tensor],
-        recipe: Mapping[str, Any],
-        sampling: GenerateConfig,
-    ) -> Iterator[Generator]:
+    def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> Iterator[Generator]:
         """The tuned U-Net and text encoder under prompts that say the new word for "identifier class"."""
-        word = NewWord(family, subject.manifest, instead_of_class=True)
-        word.text_encoder = tuned_copy(word.text_encoder, tensors, "text.", sampling.strength).to(family.dtype)
-        tuned = tuned_copy(family.unet, tensors, "unet.", sampling.strength)
+        word = NewWord(family, learnt.subject.manifest, instead_of_class=True)
+        word.text_encoder = tuned_copy(word.text_encoder, learnt.tensors, "text.", sampling.strength).to(family.dtype)
+        tuned = tuned_copy(family.unet, learnt.tensors, "unet.", sampling.strength)
         yield Generator(word.states, noise_of(family, tuned))
 
 
@@ -121,8 +111,7 @@ def _scenes(family: Family, subject: Subject, word: NewWord, batch: int) -> Mask
     masks = torch.stack([look(p.mask.float()[None], base_view(p.mask), size) for p in photos])
     latents = images.encode(family.vae, torch.cat((pixels, pixels.flip(-1))))
     masks = F.interpolate(torch.cat((masks, masks.flip(-1))), size=latents.shape[-2:], mode="area")
-    name = f"{subject.manifest.identifier} {subject.manifest.class_word}"
-    return Masked(latents, (masks >= 0.5).to(latents), word, PROMPT.format(name), batch)
+    return Masked(latents, (masks >= 0.5).to(latents), word, PROMPT.format(subject.manifest.name), batch)
 
 
 def _counted(on_step: OnStep | None, before: int, total: int) -> OnStep | None:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
-from p3s_cli.methods.base import Generator, register, settled
+from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
 from p3s_cli.methods.denoising import Denoising, Part, noise_of, trainable, training_copy, tuned_copy
 from p3s_cli.methods.photos import crops
 from p3s_cli.methods.prior import prior
 from p3s_cli.methods.words import NewWord
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, Profile
-from p3s_cli.sd.train import Checkpoint, OnStep, Recipe, train
+from p3s_cli.sd.train import Recipe
 from p3s_cli.subject import Subject
 
 PROMPT = "photo of a {}"
@@ -81,39 +81,28 @@ class CustomDiffusion:
     def recipe(self, profile: Profile, config: FinetuneConfig) -> CustomDiffusionRecipe:
         return settled(CustomDiffusionRecipe(), self.name, profile, config)
 
-    def fit(
-        self,
-        family: Family,
-        subject: Subject,
-        config: FinetuneConfig,
-        on_step: OnStep | None = None,
-        checkpoint: Checkpoint | None = None,
-    ) -> dict[str, Tensor]:
+    def fit(self, lesson: Lesson) -> dict[str, Tensor]:
         """Train to_k and to_v of cross-attention in a copy of the U-Net, and the new word. Returns these, float32."""
-        r, words = self.recipe(family.profile, config), subject.manifest
+        family, words, seed = lesson.family, lesson.subject.manifest, lesson.config.seed
+        r = self.recipe(family.profile, lesson.config)
         word, unet = NewWord(family, words, instead_of_class=False), training_copy(family.unet)
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_("attn2.to_k" in name or "attn2.to_v" in name)
-        own = _Own(family, subject, word, r.batch, config.seed)
+        own = _Own(family, lesson.subject, word, r.batch, seed)
         others = PROMPT.format(words.class_word)
-        kept = prior(family, others, r.class_images, r.class_steps, config.seed, r.batch, r.prior_weight)
+        kept = prior(family, others, r.class_images, r.class_steps, seed, r.batch, r.prior_weight)
         loss = Denoising(family, unet, [own, kept])
-        recipe = Recipe(r.steps, r.lr, r.weight_decay, seed=config.seed)
-        return train({"word": word.row} | trainable(unet, "unet."), loss, recipe, on_step, checkpoint)
+        recipe = Recipe(r.steps, r.lr, r.weight_decay, seed=seed)
+        return lesson.train({"word": word.row} | trainable(unet, "unet."), loss, recipe)
 
     @contextlib.contextmanager
-    def bind(
-        self,
-        family: Family,
-        subject: Subject,
-        tensors: Mapping[str, Tensor],
-        recipe: Mapping[str, Any],
-        sampling: GenerateConfig,
-    ) -> Iterator[Generator]:
+    def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> Iterator[Generator]:
         """The tuned U-Net under prompts that say the new word for the identifier; strength as in DreamBooth."""
-        word = NewWord(family, subject.manifest, instead_of_class=False)
-        word.learnt(tensors["word"], sampling.strength, family.dtype)
-        yield Generator(word.states, noise_of(family, tuned_copy(family.unet, tensors, "unet.", sampling.strength)))
+        word = NewWord(family, learnt.subject.manifest, instead_of_class=False)
+        word.learnt(learnt.tensors["word"], sampling.strength, family.dtype)
+        yield Generator(
+            word.states, noise_of(family, tuned_copy(family.unet, learnt.tensors, "unet.", sampling.strength))
+        )
 
 
 class _Own:
@@ -126,8 +115,7 @@ class _Own:
         self.latents = images.encode(family.vae, torch.stack([v.pixels for v in views]))
         whole = F.interpolate(torch.stack([v.inside for v in views]), size=self.latents.shape[-2:], mode="area")
         self.inside = (whole == 1).to(self.latents)
-        name = f"{subject.manifest.identifier} {subject.manifest.class_word}"
-        self.prompts = [v.prefix + PROMPT.format(name) for v in views]
+        self.prompts = [v.prefix + PROMPT.format(subject.manifest.name) for v in views]
         self.word, self.batch = word, batch
 
     def __call__(self, generator: torch.Generator) -> Part:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
-from p3s_cli.methods.base import Generator, register, settled
+from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
 from p3s_cli.methods.denoising import Bank, Denoising, noise_of, trainable, training_copy, tuned_copy
 from p3s_cli.methods.photos import crops
 from p3s_cli.methods.prior import prior
 from p3s_cli.sd import images, text
 from p3s_cli.sd.family import Family, Profile
-from p3s_cli.sd.train import Checkpoint, OnStep, Recipe, train
-from p3s_cli.subject import Subject
+from p3s_cli.sd.train import Recipe
 
 PROMPT = "a photo of a {}"
 
@@ -50,37 +49,24 @@ class DreamBooth:
     def recipe(self, profile: Profile, config: FinetuneConfig) -> DreamBoothRecipe:
         return settled(self.published, self.name, profile, config)
 
-    def fit(
-        self,
-        family: Family,
-        subject: Subject,
-        config: FinetuneConfig,
-        on_step: OnStep | None = None,
-        checkpoint: Checkpoint | None = None,
-    ) -> dict[str, Tensor]:
+    def fit(self, lesson: Lesson) -> dict[str, Tensor]:
         """Train a copy of the U-Net on crops of the references. Returns all its tensors, float32."""
-        r, words = self.recipe(family.profile, config), subject.manifest
+        family, words, seed = lesson.family, lesson.subject.manifest, lesson.config.seed
+        r = self.recipe(family.profile, lesson.config)
         unet = training_copy(family.unet).requires_grad_(True)
-        seen = images.encode(family.vae, crops(subject, family.profile.image_size))
-        prompt = PROMPT.format(f"{words.identifier} {words.class_word}")
+        seen = images.encode(family.vae, crops(lesson.subject, family.profile.image_size))
+        prompt = PROMPT.format(words.name)
         sources = [Bank(seen, text.encode(family.tokenizer, family.text_encoder, [prompt]), r.batch)]
         if r.class_images:
             others = PROMPT.format(words.class_word)
-            sources.append(prior(family, others, r.class_images, r.class_steps, config.seed, r.batch, r.prior_weight))
-        recipe = Recipe(r.steps, r.lr, r.weight_decay, seed=config.seed)
-        return train(trainable(unet, "unet."), Denoising(family, unet, sources), recipe, on_step, checkpoint)
+            sources.append(prior(family, others, r.class_images, r.class_steps, seed, r.batch, r.prior_weight))
+        recipe = Recipe(r.steps, r.lr, r.weight_decay, seed=seed)
+        return lesson.train(trainable(unet, "unet."), Denoising(family, unet, sources), recipe)
 
     @contextlib.contextmanager
-    def bind(
-        self,
-        family: Family,
-        subject: Subject,
-        tensors: Mapping[str, Tensor],
-        recipe: Mapping[str, Any],
-        sampling: GenerateConfig,
-    ) -> Iterator[Generator]:
+    def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> Iterator[Generator]:
         """The tuned U-Net; strength goes from the base's weights (0) to the tuned ones (1) and beyond."""
-        tuned = tuned_copy(family.unet, tensors, "unet.", sampling.strength)
+        tuned = tuned_copy(family.unet, learnt.tensors, "unet.", sampling.strength)
         yield Generator(
             lambda prompts: text.encode(family.tokenizer, family.text_encoder, prompts), noise_of(family, tuned)
         )

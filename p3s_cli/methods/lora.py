@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -14,13 +14,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
-from p3s_cli.methods.base import Generator, register, settled
+from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
 from p3s_cli.methods.denoising import Bank, Denoising, noise_of, trainable, training_copy
 from p3s_cli.methods.photos import crops
 from p3s_cli.sd import images, text
 from p3s_cli.sd.family import Family, Profile
-from p3s_cli.sd.train import Checkpoint, OnStep, Recipe, train
-from p3s_cli.subject import Subject
+from p3s_cli.sd.train import Recipe
 
 
 @dataclass(frozen=True)
@@ -51,36 +50,23 @@ class Lora:
     def recipe(self, profile: Profile, config: FinetuneConfig) -> LoraRecipe:
         return settled(LoraRecipe(), self.name, profile, config)
 
-    def fit(
-        self,
-        family: Family,
-        subject: Subject,
-        config: FinetuneConfig,
-        on_step: OnStep | None = None,
-        checkpoint: Checkpoint | None = None,
-    ) -> dict[str, Tensor]:
+    def fit(self, lesson: Lesson) -> dict[str, Tensor]:
         """Train adapters in a copy of the U-Net on crops of the references. Returns the adapters, float32."""
-        r, words = self.recipe(family.profile, config), subject.manifest
-        torch.manual_seed(config.seed)
+        family, seed = lesson.family, lesson.config.seed
+        r = self.recipe(family.profile, lesson.config)
+        torch.manual_seed(seed)
         unet = adapted(training_copy(family.unet), r.rank)
-        seen = images.encode(family.vae, crops(subject, family.profile.image_size))
-        prompt = f"a photo of a {words.identifier} {words.class_word}"
+        seen = images.encode(family.vae, crops(lesson.subject, family.profile.image_size))
+        prompt = f"a photo of a {lesson.subject.manifest.name}"
         source = Bank(seen, text.encode(family.tokenizer, family.text_encoder, [prompt]), r.batch)
-        recipe = Recipe(r.steps, r.lr, r.weight_decay, seed=config.seed)
-        return train(trainable(unet, ""), Denoising(family, unet, [source]), recipe, on_step, checkpoint)
+        recipe = Recipe(r.steps, r.lr, r.weight_decay, seed=seed)
+        return lesson.train(trainable(unet, ""), Denoising(family, unet, [source]), recipe)
 
     @contextlib.contextmanager
-    def bind(
-        self,
-        family: Family,
-        subject: Subject,
-        tensors: Mapping[str, Tensor],
-        recipe: Mapping[str, Any],
-        sampling: GenerateConfig,
-    ) -> Iterator[Generator]:
+    def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> Iterator[Generator]:
         """A copy of the U-Net under the adapters, whose output is multiplied by the strength."""
-        unet = adapted(copy.deepcopy(family.unet), recipe["rank"])
-        scaled = {n: t * sampling.strength if "lora_B" in n else t for n, t in tensors.items()}
+        unet = adapted(copy.deepcopy(family.unet), learnt.recipe["rank"])
+        scaled = {n: t * sampling.strength if "lora_B" in n else t for n, t in learnt.tensors.items()}
         unet.load_state_dict(scaled, strict=False)
         unet.to(family.dtype).requires_grad_(False)
         yield Generator(

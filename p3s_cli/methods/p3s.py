@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, MemoryProfile, read_control
-from p3s_cli.methods.base import Generator, register
+from p3s_cli.methods.base import Generator, Learnt, Lesson, asked, register
 from p3s_cli.methods.binding import Bound, Part
 from p3s_cli.methods.conditioning import Bank
 from p3s_cli.methods.denoising import astray, diffuse, noise_schedule
@@ -22,7 +23,7 @@ from p3s_cli.paper.model import P3SControl, connected, controlled_noise
 from p3s_cli.paper.schedule import injection_weight
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family, Profile
-from p3s_cli.sd.train import Checkpoint, OnStep, Recipe, train
+from p3s_cli.sd.train import Recipe
 from p3s_cli.subject import Subject
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a {}")
@@ -36,28 +37,17 @@ class P3S:
 
     def recipe(self, profile: Profile, config: FinetuneConfig) -> FinetuneConfig:
         """Steps, rate and batch left open are the family's."""
-        recommended = profile.finetune
-        return replace(
-            config,
-            steps=config.steps or int(recommended["steps"]),
-            lr=config.lr or recommended["lr"],
-            batch=config.batch or int(recommended["batch"]),
-        )
+        return replace(config, **(profile.finetune | asked(config)))
 
-    def fit(
-        self,
-        family: Family,
-        subject: Subject,
-        config: FinetuneConfig,
-        on_step: OnStep | None = None,
-        checkpoint: Checkpoint | None = None,
-    ) -> dict[str, Tensor]:
+    def fit(self, lesson: Lesson) -> dict[str, Tensor]:
         """Train a control on the subject's references (P3S eq. 15). Returns its tensors, float32."""
-        config = self.recipe(family.profile, config)
+        family, subject = lesson.family, lesson.subject
+        config = self.recipe(family.profile, lesson.config)
         recipe = Recipe(
             steps=config.steps,
             lr=config.lr,
             weight_decay=0.01,
+            decay=config.control.decay,
             seed=config.seed,
             lr_scale=(
                 ("gates", config.control.gate_lr_scale),
@@ -72,21 +62,13 @@ class P3S:
         bank = Bank.build(family, read_photos(subject), config.control, config.seed)
         loss = _Loss(family, subject, control, bank, config.control, config.batch)
         with connected(family.unet, control), _saving(family, control, config.memory):
-            trained = train(dict(control.named_parameters()), loss, recipe, on_step, checkpoint)
+            trained = lesson.train(dict(control.named_parameters()), loss, recipe)
         return {name: tensor.float() for name, tensor in trained.items()}
 
-    @contextlib.contextmanager
-    def bind(
-        self,
-        family: Family,
-        subject: Subject,
-        tensors: Mapping[str, Tensor],
-        recipe: Mapping[str, Any],
-        sampling: GenerateConfig,
-    ) -> Iterator[Generator]:
-        """The frozen U-Net under this subject's control, conditioned on its first reference; as found on exit."""
-        with self.bind_many(family, [Part(subject, tensors, read_control(recipe))], sampling) as generator:
-            yield generator
+    def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> AbstractContextManager[Generator]:
+        """The frozen U-Net under this subject's control; as found on exit."""
+        part = Part(learnt.subject, learnt.tensors, read_control(learnt.recipe))
+        return self.bind_many(family, [part], sampling)
 
     @contextlib.contextmanager
     def bind_many(self, family: Family, parts: Sequence[Part], sampling: GenerateConfig) -> Iterator[Generator]:
@@ -144,8 +126,7 @@ class _Loss:
         # masters in bfloat16 compute in it, whatever the frozen part is kept in
         self.autocast = self.dtype if self.dtype != torch.float32 else next(control.parameters()).dtype
         self.noise_schedule = noise_schedule(family)
-        name = f"{subject.manifest.identifier} {subject.manifest.class_word}"
-        prompts = [f"{t.format(name)} {c}".strip() for t in TEMPLATES for c in config.contexts]
+        prompts = [f"{t.format(subject.manifest.name)} {c}".strip() for t in TEMPLATES for c in config.contexts]
         self.text = text.encode(family.tokenizer, family.text_encoder, [*prompts, ""])
         words = subject.manifest.identifier, subject.manifest.class_word
         self.where = text.positions(family.tokenizer, [*prompts, ""], *words).to(family.device)

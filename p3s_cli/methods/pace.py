@@ -9,6 +9,7 @@ from statistics import median
 from p3s_cli import methods
 from p3s_cli.config import FinetuneConfig
 from p3s_cli.errors import InputError
+from p3s_cli.methods.base import Lesson
 from p3s_cli.sd.family import Family
 from p3s_cli.subject import Subject
 
@@ -35,6 +36,6 @@ def measure(method: str, family: Family, subject: Subject, warmup: int = 2, step
         raise InputError(f"{method} does not train, so it has no pace")
     _ = family.unet, family.vae, family.text_encoder, family.vision  # loaded at first use, which is no part of a run
     clock = [time.perf_counter()]
-    chosen.fit(family, subject, config, lambda step, total, numbers: clock.append(time.perf_counter()))
+    chosen.fit(Lesson(family, subject, config, lambda step, total, numbers: clock.append(time.perf_counter())))
     step = median(b - a for a, b in zip(clock[warmup:], clock[warmup + 1 :], strict=False))
     return Pace(max(0.0, clock[1] - clock[0] - step), step)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
-from p3s_cli.methods.base import Generator, register, settled
+from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
 from p3s_cli.methods.denoising import Denoising, Part, noise_of, training_copy
 from p3s_cli.methods.photos import crops
 from p3s_cli.methods.words import NewWord
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, Profile
-from p3s_cli.sd.train import Checkpoint, OnStep, Recipe, train
-from p3s_cli.subject import Subject
+from p3s_cli.sd.train import Recipe
 
 _KINDS = ("", "cropped ", "close-up ", "bright ", "dark ", "good ", "bad ", "cool ", "nice ")
 # 27 neutral sentences, as many as the paper's, about a photo, a rendition or the thing itself
@@ -48,20 +47,14 @@ class TextualInversion:
     def recipe(self, profile: Profile, config: FinetuneConfig) -> TextualInversionRecipe:
         return settled(TextualInversionRecipe(), self.name, profile, config)
 
-    def fit(
-        self,
-        family: Family,
-        subject: Subject,
-        config: FinetuneConfig,
-        on_step: OnStep | None = None,
-        checkpoint: Checkpoint | None = None,
-    ) -> dict[str, Tensor]:
+    def fit(self, lesson: Lesson) -> dict[str, Tensor]:
         """Learn one embedding from crops of the references. Returns it as `word` (D,), float32."""
-        r, words = self.recipe(family.profile, config), subject.manifest
+        family, words = lesson.family, lesson.subject.manifest
+        r = self.recipe(family.profile, lesson.config)
         word = NewWord(family, words, instead_of_class=True)
-        seen = crops(subject, family.profile.image_size)
+        seen = crops(lesson.subject, family.profile.image_size)
         latents = images.encode(family.vae, torch.cat((seen, seen.flip(-1))))
-        prompts = [t.format(f"{words.identifier} {words.class_word}") for t in TEMPLATES]
+        prompts = [t.format(words.name) for t in TEMPLATES]
 
         def draw(generator: torch.Generator) -> Part:
             chosen = torch.randint(len(latents), (r.batch,), generator=generator)
@@ -69,24 +62,17 @@ class TextualInversion:
             return Part(latents[chosen], word.encode([prompts[i] for i in template]))
 
         loss = Denoising(family, training_copy(family.unet), [draw])
-        recipe = Recipe(r.steps, r.lr, r.weight_decay, seed=config.seed)
-        return train({"word": word.row}, loss, recipe, on_step, checkpoint)
+        recipe = Recipe(r.steps, r.lr, r.weight_decay, seed=lesson.config.seed)
+        return lesson.train({"word": word.row}, loss, recipe)
 
     @contextlib.contextmanager
-    def bind(
-        self,
-        family: Family,
-        subject: Subject,
-        tensors: Mapping[str, Tensor],
-        recipe: Mapping[str, Any],
-        sampling: GenerateConfig,
-    ) -> Iterator[Generator]:
+    def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> Iterator[Generator]:
         """The family's own U-Net under prompts that say the new word for "identifier class".
 
         Strength goes from the class word's embedding (0) to the learnt one (1) and beyond.
         """
-        word = NewWord(family, subject.manifest, instead_of_class=True)
-        word.learnt(tensors["word"], sampling.strength, family.dtype)
+        word = NewWord(family, learnt.subject.manifest, instead_of_class=True)
+        word.learnt(learnt.tensors["word"], sampling.strength, family.dtype)
         yield Generator(word.states, noise_of(family, family.unet))
 
 

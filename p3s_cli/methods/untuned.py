@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
-from p3s_cli.methods.base import Generator, register
+from p3s_cli.methods.base import Generator, Learnt, Lesson, register
 from p3s_cli.methods.denoising import noise_of
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family, Profile
-from p3s_cli.sd.train import Checkpoint, OnStep
-from p3s_cli.subject import Subject
 
 
 @dataclass(frozen=True)
 class UntunedRecipe:
+    """There is nothing to set."""
+
     steps: int = 0
 
 
@@ -33,28 +33,14 @@ class Untuned:
     def recipe(self, profile: Profile, config: FinetuneConfig) -> UntunedRecipe:
         return UntunedRecipe()
 
-    def fit(
-        self,
-        family: Family,
-        subject: Subject,
-        config: FinetuneConfig,
-        on_step: OnStep | None = None,
-        checkpoint: Checkpoint | None = None,
-    ) -> dict[str, Tensor]:
+    def fit(self, lesson: Lesson) -> dict[str, Tensor]:
         """Nothing is learnt."""
         return {}
 
     @contextlib.contextmanager
-    def bind(
-        self,
-        family: Family,
-        subject: Subject,
-        tensors: Mapping[str, Tensor],
-        recipe: Mapping[str, Any],
-        sampling: GenerateConfig,
-    ) -> Iterator[Generator]:
+    def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> Iterator[Generator]:
         """The family as it is. The identifier, which means nothing to it, is left out of the prompts."""
-        identifier = re.compile(rf"(?<!\w){re.escape(subject.manifest.identifier)}(?!\w)\s*")
+        identifier = re.compile(rf"(?<!\w){re.escape(learnt.subject.manifest.identifier)}(?!\w)\s*")
 
         def encode(prompts: Sequence[str]) -> Tensor:
             return text.encode(family.tokenizer, family.text_encoder, [identifier.sub("", p) for p in prompts])

@@ -47,7 +47,8 @@ class Composition:
         """Everything an image depends on, by content; empty if nothing joins."""
         parts = {
             "also": [
-                {"control": s.tuned().artifacts, "words": _words(s), "strength": strength} for s, strength in self.also
+                {"control": s.tuned().artifacts, "words": s.manifest.name, "strength": strength}
+                for s, strength in self.also
             ],
             "guides": [
                 {"net": name, "picture": images.pixel_hash(images.load_image(path)), "strength": strength}
@@ -56,10 +57,6 @@ class Composition:
             "loras": [{"name": path.stem, "sha256": _hash(path), "strength": strength} for path, strength in self.lora],
         }
         return {name: part for name, part in parts.items() if part}
-
-
-def _words(subject: Subject) -> str:
-    return f"{subject.manifest.identifier} {subject.manifest.class_word}"
 
 
 def _hash(path: Path) -> str:

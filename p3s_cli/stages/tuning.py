@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ from p3s_cli import config as settings
 from p3s_cli import methods
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
+from p3s_cli.methods.base import Lesson
 from p3s_cli.methods.memory import choose, within
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
@@ -62,27 +65,24 @@ def finetune(
 
     Steps and learning rate default to the method's on this family; `preset` and `control`, which overrides
     its settings one by one, are P3S's alone, and so are `memory`, a profile's name (24, 16, 12, 8; `auto` is
-    the device's own), and `vision`, another CLIP pair for the control to see the references through. An interrupted run goes on from its last checkpoint. Raises
-    InputError for an unknown method and if masks are missing or stale.
+    the device's own), and `vision`, another CLIP pair for the control to see the references through. An
+    interrupted run goes on from its last checkpoint. Raises InputError for an unknown method and if masks are
+    missing or stale.
     """
     report, teacher = on_progress or silent, methods.get(method)
     subject = Subject.open(Path(subject_dir))
     subject.check_masks()
     report("loading the models", 0, 1)
     family = family or load(model or subject.manifest.model, device, dtype, vision)
-    base = family.fingerprint()
     _check_base(family)
     profile, saving = choose(memory, family.profile, family.device, family.dtype)
     config = settings.FinetuneConfig(control or settings.preset(preset)[1], steps, lr, seed=seed, memory=saving)
     recipe = teacher.recipe(family.profile, config)
-    options = {"method": method, "config": settings.as_settings(recipe)}
-    options |= {"base_fingerprint": base, "base": family.source, "vision": family.profile.clip}
-    # which profile a machine gets is no reason to tune again, only which one was asked for
-    options["config"].pop("memory", None)
-    options["memory"] = memory
-    inputs = subject.finetune_inputs(base)
+    options = _options(method, recipe, memory, family)
+    inputs = subject.finetune_inputs(family.fingerprint())
     done = subject.manifest.finetune
-    if done and not force and done.inputs == inputs and done.settings == options and subject.intact(done):
+    same = done and (done.inputs, done.settings, done.seed) == (inputs, options, seed)
+    if same and not force and subject.intact(done):
         _remove_checkpoints(subject)
         return _result(subject, recipe.steps, done, True)
     numbers: dict[str, float] = {}
@@ -93,14 +93,12 @@ def finetune(
 
     # the checkpoint's name is what the run depends on, so a run with other settings never resumes from it
     def fit(profile: str, saving: settings.MemoryProfile) -> tuple[str, dict[str, torch.Tensor]]:
-        checkpoint = Checkpoint(subject.path(f"{_CHECKPOINT}{digest(inputs, options, profile)[:16]}"))
+        checkpoint = Checkpoint(subject.path(f"{_CHECKPOINT}{digest(inputs, options, seed, profile)[:16]}"))
         with exact(deterministic):
-            return profile, teacher.fit(family, subject, replace(config, memory=saving), on_step, checkpoint)
+            return profile, teacher.fit(Lesson(family, subject, replace(config, memory=saving), on_step, checkpoint))
 
     (profile, tensors), trouble = within(profile, saving, fit)
-    halves = {k: t.half() for k, t in tensors.items()}
-    if not all(torch.isfinite(t).all() for t in halves.values()):
-        raise P3SError("the tuned control holds numbers that are not finite and was not saved; lower --lr")
+    halves = _halves(tensors)
     result = {"loss": numbers.get("denoising", 0.0), "skipped": int(numbers.get("skipped", 0)), "memory": profile}
     result["warnings"] = [trouble] if trouble else []
     with subject.changing() as folder:
@@ -110,6 +108,23 @@ def finetune(
         )
     _remove_checkpoints(subject)
     return _result(subject, recipe.steps, subject.manifest.finetune, False)
+
+
+def _options(method: str, recipe: Any, memory: str, family: Family) -> dict[str, Any]:
+    """Everything that decides what is learnt, as the manifest holds it."""
+    config = settings.as_settings(recipe)
+    # which profile a machine gets is no reason to tune again, only which one was asked for
+    config.pop("memory", None)
+    base = {"base_fingerprint": family.fingerprint(), "base": family.source, "vision": family.profile.clip}
+    return {"method": method, "config": config, "memory": memory} | base
+
+
+def _halves(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same in fp16, as they are kept. Raises P3SError if one is not finite in it."""
+    halves = {k: t.half() for k, t in tensors.items()}
+    if not all(torch.isfinite(t).all() for t in halves.values()):
+        raise P3SError("the tuned control holds numbers that are not finite and was not saved; lower --lr")
+    return halves
 
 
 def _remove_checkpoints(subject: Subject) -> None:

@@ -9,9 +9,10 @@ import torch
 from p3s_cli import stages
 from p3s_cli.benches import world as bench
 from p3s_cli.benches.entries import Entry, ablations
-from p3s_cli.config import ControlConfig, GenerateConfig, WeightSchedule
+from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, WeightSchedule
 from p3s_cli.errors import InputError
 from p3s_cli.evals.metrics import intersection_over_union
+from p3s_cli.methods.base import Lesson
 from p3s_cli.methods.binding import Part
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.methods.photos import mask_tensors, read_originals, read_photos
@@ -88,6 +89,31 @@ def test_three_references_show_the_same_two_in_other_places(case, shown):
     assert len(photos) == 3 and len(read_photos(shown[""])) == 1
     assert len({hash(p.pixels.numpy().tobytes()) for p in photos}) == 3
     assert torch.equal(photos[0].pixels, read_photos(shown[""])[0].pixels)
+
+
+ROWS = [e for e in ablations(4.0, 2.0) if e.control is not None]
+
+
+@pytest.fixture(scope="module")
+def fitted(case, tiny_family):
+    """What two steps of sixteen samples teach a control with these settings."""
+    subject = Subject.open(case[0].subject)
+
+    def fit(control):
+        return P3S().fit(Lesson(tiny_family, subject, FinetuneConfig(control, steps=2, lr=1e-3, batch=16)))
+
+    return fit
+
+
+def test_every_row_that_is_tuned_in_another_way_learns_something_else(fitted):
+    """From one seed two runs part only by their settings, so a setting that nothing heeds gives the same control."""
+    plain = fitted(ControlConfig())
+    assert same(plain, fitted(ControlConfig()))
+    assert [row.name for row in ROWS if same(plain, fitted(row.control))] == []
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 @pytest.mark.parametrize("name", ["weight learned", "without RNGR", "paper preset"])

@@ -11,7 +11,7 @@ from p3s_cli import methods, stages
 from p3s_cli.config import FinetuneConfig, GenerateConfig
 from p3s_cli.errors import InputError
 from p3s_cli.methods import denoising
-from p3s_cli.methods.base import settled
+from p3s_cli.methods.base import Learnt, Lesson, settled
 from p3s_cli.methods.break_a_scene import Masked
 from p3s_cli.methods.custom_diffusion import rescaled
 from p3s_cli.methods.denoising import Bank, Denoising, Part, noise_schedule, training_copy, tuned_copy
@@ -66,13 +66,13 @@ def found(family):
 def learnt(family, subject, found):
     """What each rival learns in two steps at a high rate, so that every part that can move has moved."""
     config = FinetuneConfig(steps=2, lr=1e-3)
-    return {n: methods.get(n).fit(family, subject, config) for n in RIVALS}
+    return {n: methods.get(n).fit(Lesson(family, subject, config)) for n in RIVALS}
 
 
 def bound(name, family, subject, tensors, strength=1.0):
     method = methods.get(name)
     recipe = dataclasses.asdict(method.recipe(family.profile, FinetuneConfig()))
-    return method.bind(family, subject, tensors, recipe, GenerateConfig(strength=strength))
+    return method.bind(family, Learnt(subject, tensors, recipe), GenerateConfig(strength=strength))
 
 
 def state(family):
@@ -168,7 +168,7 @@ def test_strength_zero_and_the_half_without_the_subject_are_the_base(name, famil
 
 
 def test_lora_equals_the_base_before_training(family, subject):
-    tensors = methods.get("lora").fit(family, subject, FinetuneConfig(steps=1, lr=1e-30))
+    tensors = methods.get("lora").fit(Lesson(family, subject, FinetuneConfig(steps=1, lr=1e-30)))
     prompt = "a sks dog on the beach"
     states = text.encode(family.tokenizer, family.text_encoder, [prompt])
     x_t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -319,7 +319,8 @@ def test_half_precision_training_keeps_float32_weights(family, subject):
     """A rate of 1e-6 on weights near 1 is nothing in bfloat16; the copy that trains must not be in it."""
     half = Family(family.source, family.profile, "cpu", torch.bfloat16)
     half.__dict__["unet"] = copy.deepcopy(family.unet).to(torch.bfloat16)
-    tensors = DreamBooth("dreambooth", DreamBoothRecipe(steps=1, lr=1e-6)).fit(half, subject, FinetuneConfig())
+    lesson = Lesson(half, subject, FinetuneConfig())
+    tensors = DreamBooth("dreambooth", DreamBoothRecipe(steps=1, lr=1e-6)).fit(lesson)
     base = training_copy(half.unet).state_dict()
     moved = [(tensors[f"unet.{n}"] != p).float().mean().item() for n, p in base.items()]
     assert min(moved) > 0.5 and half.unet.dtype == torch.bfloat16
@@ -340,8 +341,8 @@ def test_break_a_scene_resumes_in_either_half(family, subject, tmp_path, learnt)
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            methods.get("break-a-scene").fit(family, subject, config, killed, checkpoint)
-    resumed = methods.get("break-a-scene").fit(family, subject, config, None, checkpoint)
+            methods.get("break-a-scene").fit(Lesson(family, subject, config, killed, checkpoint))
+    resumed = methods.get("break-a-scene").fit(Lesson(family, subject, config, None, checkpoint))
     assert all(torch.equal(t, learnt["break-a-scene"][n]) for n, t in resumed.items())
     assert {p.name for p in tmp_path.iterdir()} == {"c", "c-word"}  # which `finetune` removes by the first name
 
