@@ -23,7 +23,7 @@ def test_a_stray_exception_and_a_stray_file_are_counted(tmp_path, monkeypatch):
         (folder / "left").write_bytes(b"")
         raise KeyError(content)
 
-    monkeypatch.setattr(fuzz, "targets", lambda: {"bad": (bad, fuzz.JSON)})
+    monkeypatch.setattr(fuzz, "targets", lambda: {"bad": (bad, fuzz.make.JSON)})
     strays = []
     fuzz.round_of("bad", 5, 1, tmp_path, collections.Counter(), lambda *what: strays.append(what))
     assert len(strays) >= 2 and any("KeyError" in s[2] for s in strays) and any("left" in s[2] for s in strays)
