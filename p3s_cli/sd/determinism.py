@@ -8,26 +8,49 @@ from collections.abc import Iterator
 
 import torch
 
+from p3s_cli.errors import P3SError
+
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextlib.contextmanager
 def exact(wanted: bool) -> Iterator[None]:
-    """If wanted, only kernels that repeat bit for bit, also on CUDA; torch raises where it has none. As found on exit."""
+    """If wanted, only kernels that repeat bit for bit, also on CUDA. As found on exit.
+
+    cuDNN then neither chooses by timing nor sums in any order; TF32 stays as it is, as it rounds the same way every
+    time. Raises P3SError where torch has no such kernel, or cuBLAS was used before without its workspace being fixed.
+    """
     if not wanted:
         yield
         return
-    enabled, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    workspace = os.environ.get(_CUBLAS)
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(_CUBLAS)
     os.environ[_CUBLAS] = ":4096:8"  # cuBLAS reads it when it is first used
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     try:
         yield
+    except RuntimeError as error:
+        told = _sentence(error)
+        if told is None:
+            raise
+        raise told from error
     finally:
-        torch.use_deterministic_algorithms(enabled)
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
         torch.backends.cudnn.benchmark = benchmark
         if workspace is None:
             del os.environ[_CUBLAS]
         else:
             os.environ[_CUBLAS] = workspace
+
+
+def _sentence(error: RuntimeError) -> P3SError | None:
+    """None for an error that is about something else."""
+    words = str(error)
+    if _CUBLAS in words:
+        return P3SError(
+            f"this process has used CUDA before without --deterministic; start a new one, or set {_CUBLAS}=:4096:8 for it"
+        )
+    if "deterministic implementation" in words:
+        return P3SError(f"{words.split(',')[0]} on this device; leave out --deterministic")
+    return None
