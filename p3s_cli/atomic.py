@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all. No torch in here.
+"""Files and folders written whole or not at all, and text files read if they are no larger than any of ours. No torch.
 
 Everything is first written in a temporary folder beside its target, flushed to the disk, then renamed,
 so a reader sees the old state or the new one and nothing else. What a killed process leaves are
@@ -18,7 +18,8 @@ from pathlib import Path
 from p3s_cli.errors import P3SError
 
 TEMPORARY = ".p3s-tmp"  # ends the name of every temporary folder: .<process>-<random>.p3s-tmp
-_DECIDED = ".p3s-commit"
+DECIDED = ".p3s-commit"
+_TEXT_LIMIT = 50_000_000  # bytes: a manifest of ten thousand images has a fifth of that
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ def committing(root: Path) -> Iterator[Path]:
     The rename to a decided commit is the instant it happens; a process killed after that leaves the moving
     to the next one's `finish`. For one writer at a time. Raises as `replacing`.
     """
-    with new_folder(root / _DECIDED) as folder:
+    with new_folder(root / DECIDED) as folder:
         yield folder
     finish(root)
 
@@ -64,7 +65,7 @@ def committing(root: Path) -> Iterator[Path]:
 def finish(root: Path) -> None:
     """Complete the commit a killed process had decided, and remove temporaries. Only for the one writer of `root`."""
     with _sentence(root):
-        decided = root / _DECIDED
+        decided = root / DECIDED
         if decided.is_dir():
             for file in sorted(p for p in decided.rglob("*") if p.is_file()):
                 target = root / file.relative_to(decided)
@@ -74,6 +75,31 @@ def finish(root: Path) -> None:
             shutil.rmtree(decided)
         for stale in list(root.rglob(f".*{TEMPORARY}")):
             shutil.rmtree(stale, ignore_errors=True)
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to a file's end and flush it. Raises as `replacing`; what was there before is as it was then."""
+    with _sentence(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                left = memoryview(text.encode())
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), size)
+                raise
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8 text. Raises OSError as `open`, ValueError if it is no such text, or larger than any p3s reads."""
+    with open(path, "rb") as file:
+        content = file.read(_TEXT_LIMIT + 1)
+    if len(content) > _TEXT_LIMIT:
+        raise ValueError(f"it is larger than {_TEXT_LIMIT // 1_000_000} MB")
+    return content.decode("utf-8")
 
 
 @contextlib.contextmanager
@@ -96,7 +122,7 @@ def _sentence(path: Path, folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        shown = Path(*(p for p in path.parts if not p.endswith(TEMPORARY) and p != _DECIDED))
+        shown = Path(*(p for p in path.parts if not p.endswith(TEMPORARY) and p != DECIDED))
         written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder else 0
         raise P3SError(
             f"cannot write {shown}: {error.strerror or error} ({written:,} bytes were written, "

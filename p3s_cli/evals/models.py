@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, CLIPModel, CLIPTokenizer
@@ -159,7 +160,7 @@ def _load(kind, where: str, command: str, **options):
         where, options = source, options | {"revision": revision}
     try:
         return kind.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"the metric model {where} is not on this machine and could not be fetched; run `{command}` where there "
             "is a network, or choose another --protocol"

@@ -182,6 +182,11 @@ class Family:
         return hub.from_pretrained(kind, part.source, part.subfolder, part.variants, use_safetensors=True)
 
     def _frozen(self, model: Any) -> Any:
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise InputError(
+                    f"{self.source} holds weights that are not finite ({type(model).__name__}, {name}); restore it"
+                )
         return model.to(self.device, self.dtype).eval().requires_grad_(False)
 
 
@@ -230,5 +235,10 @@ def _statistics(source: str) -> tuple[list[float], list[float]]:
     """Pixel mean and deviation that a vision tower was trained with."""
     where, revision = hub.split(source)
     options = {} if revision is None else {"revision": revision}
-    settings = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(where, **options)[0]
-    return settings["image_mean"], settings["image_std"]
+    try:
+        settings = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(where, **options)[0]
+        return settings["image_mean"], settings["image_std"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{where} has no preprocessor_config.json with image_mean and image_std; restore it, or fetch the model again"
+        ) from error

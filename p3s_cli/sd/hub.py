@@ -73,8 +73,22 @@ def from_pretrained(
 ) -> Any:
     """`kind.from_pretrained` from a folder or the cache, else from the hub, trying each variant of the files.
 
-    Raises InputError that says what is missing or unreadable, and what to do.
+    Raises InputError that says what is missing or unreadable, and what to do; also for weights that lack a
+    tensor, which the libraries would fill with random numbers.
     """
+    if options.get("use_safetensors"):
+        model, info = _from_pretrained(kind, source, subfolder, variants, output_loading_info=True, **options)
+        lacking = sorted(key for key in info["missing_keys"] if "pooler." not in key)  # a ViT's own, which is not read
+        if lacking:
+            name = named(split(source)[0], subfolder)
+            raise InputError(f"{name} has no weights for {lacking[0]}; restore it, or give a model of this kind")
+        return model
+    return _from_pretrained(kind, source, subfolder, variants, **options)
+
+
+def _from_pretrained(
+    kind: Any, source: str, subfolder: str | None, variants: Sequence[str | None], **options: Any
+) -> Any:
     where, revision = split(source)
     options |= {n: v for n, v in (("subfolder", subfolder), ("revision", revision)) if v is not None}
     tries = [{"variant": v} if v else {} for v in variants]
@@ -152,10 +166,18 @@ def weight_files(inside: Path, part: Part) -> list[Path]:
         if single.is_file():
             return [single]
         if index.is_file():
-            shards = [inside / n for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-            if all(s.is_file() for s in shards):
+            shards = [inside / n for n in _shards(index)]
+            if shards and all(s.is_file() for s in shards):
                 return shards
     return []
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the files an index speaks of; none if it is not one."""
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def lists(source: str, component: str, online: bool = False) -> bool:

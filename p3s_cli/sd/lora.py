@@ -61,8 +61,8 @@ def read(path: Path) -> dict[str, Tensor]:
         return _from_peft(tensors, json.loads((path / "adapter_config.json").read_text())) if path.is_dir() else tensors
     except FileNotFoundError as error:
         raise InputError(f"{error.filename or file} does not exist") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file} is not a readable safetensors file ({error})") from error
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
+        raise InputError(f"{path} is no LoRA that can be read ({error}); give another file") from error
 
 
 def _from_peft(tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:

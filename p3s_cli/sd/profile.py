@@ -11,6 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from p3s_cli.atomic import read_text
 from p3s_cli.errors import InputError
 from p3s_cli.sd import hub
 from p3s_cli.sd.hub import Part
@@ -36,19 +39,23 @@ class Profile:
     identifier: str
     feature_layers: tuple[int, ...]  # of the vision tower's hidden states, averaged for the masks
     feature_side: int  # pixels of a square photo as the tower sees it for the masks; 0 and () are the tower's own
-    finetune: dict[str, float]
+    finetune: dict[str, int | float]
     guidance: float
     subject_guidance: float
     nouns: tuple[str, ...]
     protocol: str  # how `p3s eval` scores where nothing else is asked for
     prompts: tuple[str, ...]  # what `p3s eval` draws of a subject: [V] stands for it, {} for its class word
     # settings by method, where this family needs others than a method's published ones
-    methods: dict[str, dict[str, float]] = field(default_factory=dict)
+    methods: dict[str, dict[str, int | float]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, **overrides: Any) -> Profile:
-        data = json.loads(path.read_text()) | overrides
-        return cls(**data | {name: tuple(data[name]) for name in ("nouns", "prompts", "feature_layers")})
+        """Raises InputError for a file that does not say what a profile says."""
+        try:
+            data = json.loads(read_text(path)) | overrides
+            return TypeAdapter(cls).validate_python(data)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{path} is not the profile of a family ({_first(error)}); restore it") from error
 
     @property
     def single(self) -> bool:
@@ -98,6 +105,13 @@ class Profile:
 
     def part(self, name: str) -> Part:
         return next(p for p in self.parts if p.name == name)
+
+
+def _first(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    found = error.errors()[0]
+    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
 
 
 def find(model: str, vision: str | None = None, inpainter: str | None = None) -> Profile:
