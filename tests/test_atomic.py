@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from p3s_cli.atomic import committing, finish, replacing
+from p3s_cli.atomic import append, committing, finish, read_text, replacing
 from p3s_cli.errors import P3SError
 from p3s_cli.lock import writing
 
@@ -116,6 +116,22 @@ def small_disk(tmp_path):
         pytest.skip("this user may not mount a small disk")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_lines_that_do_not_fit_leave_those_before_them(tmp_path):
+    path = tmp_path / "deep" / "rows"
+    append(path, "one\n")
+    with file_size_limit(1000), pytest.raises(P3SError, match="deep/rows: File too large"):
+        append(path, "x" * 2000)
+    assert path.read_text() == "one\n"
+    append(path, "two\n")
+    assert path.read_text() == "one\ntwo\n"
+
+
+def test_text_without_end_is_not_read(tmp_path):
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="larger than 50 MB"):
+        read_text(tmp_path / "zero")
 
 
 def test_a_full_disk_is_one_sentence_and_what_was_whole_stays(small_disk):

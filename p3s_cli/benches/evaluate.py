@@ -118,8 +118,9 @@ def evaluate_subject(
     family = family or load(model or Subject.open(root).manifest.model, device, dtype)
     entries = rivals(names or ("p3s",), methods.NAMES, ("published",))
     judge = Judge(protocols.protocol(protocol_name or family.profile.protocol), family.folder, family.device)
-    case = subject_case(root, family.vision, prompts or family.profile.prompts)
+    Subject.open(root)
     with writing(root, "p3s eval"):
+        case = subject_case(root, family.vision, prompts or family.profile.prompts)
         run = Run(root / "eval", family, judge, Plan(n or Plan.images, seed), on_progress or silent)
         return finish(run, entries, run.evaluate(entries, [case]), f"p3s eval {root.resolve().name}", [case])
 

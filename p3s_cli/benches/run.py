@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+
 from p3s_cli import stages
 from p3s_cli.atomic import replacing, sha256
 from p3s_cli.benches.cases import Case
@@ -182,7 +184,15 @@ class _Ledger:
 
     def __init__(self, path: Path):
         self.path = path
-        self._numbers = json.loads(path.read_text()) if path.is_file() else {}
+        self._numbers = self._read() if path.is_file() else {}
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        try:
+            return TypeAdapter(dict[str, dict[str, FiniteFloat]]).validate_json(self.path.read_bytes())
+        except ValidationError as error:
+            raise InputError(
+                f"{self.path} is damaged; remove it, and what is made from now on is measured again"
+            ) from error
 
     def add(self, kind: str, name: str, seconds: float) -> None:
         self._numbers.setdefault(kind, {})[name] = round(seconds, 3)

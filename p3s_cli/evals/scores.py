@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, pvariance
 
-from p3s_cli.atomic import replacing
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from p3s_cli.atomic import append, replacing
 from p3s_cli.evals.protocols import Protocol
 
 _RESAMPLES = 2_000
@@ -19,6 +21,8 @@ _RESAMPLES = 2_000
 @dataclass(frozen=True)
 class Row:
     """One image under one metric, and how the number was made."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # for lines that are read
 
     method: str
     subject: str
@@ -51,16 +55,16 @@ class Row:
 
 
 class Rows:
-    """An append-only file of rows. A line that a kill cut short is passed over when it is read."""
+    """An append-only file of rows. A line that a kill cut short, or that is no row, is passed over when it is read."""
 
     def __init__(self, path: Path):
         self.path, self._rows = path, {}
         if path.is_file():
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8", errors="replace")
             self._rows = {row.key: row for row in filter(None, map(_parse, text.splitlines()))}
             if text and not text.endswith("\n"):
                 with replacing(path) as temporary:
-                    _append(temporary, self._rows.values())
+                    temporary.write_text(_lines(self._rows.values()), encoding="utf-8")
 
     def __iter__(self):
         return iter(self._rows.values())
@@ -69,21 +73,23 @@ class Rows:
         return key in self._rows
 
     def add(self, rows: Iterable[Row]) -> None:
-        fresh = [row for row in rows if row.key not in self._rows]
-        self._rows |= {row.key: row for row in fresh}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _append(self.path, fresh)
+        """Raises P3SError if they cannot be written; the rows before them stay."""
+        fresh = {row.key: row for row in rows if row.key not in self._rows}
+        append(self.path, _lines(fresh.values()))
+        self._rows |= fresh
 
 
-def _append(path: Path, rows: Iterable[Row]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
+def _lines(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
+
+
+_ROW = TypeAdapter(Row)
 
 
 def _parse(line: str) -> Row | None:
     try:
-        return Row(**json.loads(line))
-    except (ValueError, TypeError):
+        return _ROW.validate_json(line)
+    except ValidationError:
         return None
 
 

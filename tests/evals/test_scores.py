@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from statistics import fmean
 
@@ -42,6 +42,20 @@ def test_a_row_cut_short_by_a_kill_is_made_again_and_spoils_no_other(tmp_path):
     assert [r.seed for r in rows] == [0, 1]
     rows.add([replace(ROW, seed=2)])
     assert path.read_text() == whole and all(json.loads(line) for line in whole.splitlines())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[]", b"7", b"\xff\xfe", b"[" * 100_000, b'{"method": "p3s"}',
+        json.dumps(asdict(ROW) | {"score": "0.5"}).encode(), json.dumps(asdict(ROW) | {"score": float("nan")}).encode(),
+        json.dumps(asdict(ROW) | {"seed": None}).encode(), json.dumps(asdict(ROW) | {"more": 1}).encode(),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_no_row_is_passed_over(tmp_path, line):
+    Rows(tmp_path / "s.jsonl").add([ROW])
+    (tmp_path / "s.jsonl").write_bytes(line + b"\n" + (tmp_path / "s.jsonl").read_bytes())
+    assert list(Rows(tmp_path / "s.jsonl")) == [ROW]
 
 
 def test_every_mean_weighs_subjects_alike_whatever_their_number_of_images():
