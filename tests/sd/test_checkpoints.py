@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,28 @@ def test_a_new_one_is_kept_before_the_old_one_goes(tmp_path):
     tensors, metadata = checkpoints.newest(tmp_path)
     assert metadata["step"] == 12 and tensors["x"].tolist() == [12.0] * 4
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000012"]
+
+
+def test_bytes_are_on_the_disk_before_a_name_is_and_the_old_one_goes_last(tmp_path, monkeypatch):
+    """The order of what is asked of the system: flush what was written, rename it, flush the name, then prune."""
+    keep(tmp_path, 3)
+    done = []
+
+    def heard(where, name, of):
+        plain = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *a, **k: (done.append((name, Path(of(a)).name)), plain(*a, **k))[1])
+
+    heard(os, "fsync", lambda a: os.readlink(f"/proc/self/fd/{a[0]}"))
+    heard(os, "replace", lambda a: a[1])
+    heard(os, "rename", lambda a: a[1])
+    heard(shutil, "rmtree", lambda a: a[0])
+    keep(tmp_path, 12)
+    monkeypatch.undo()
+    new = "step-00000012"
+    for name in ("state.safetensors", "manifest.json"):
+        assert done.index(("fsync", name)) < done.index(("replace", name)) < done.index(("rename", new))
+    assert done.index(("replace", "state.safetensors")) < done.index(("fsync", new)) < done.index(("rename", new))
+    assert done.index(("rename", new)) < done.index(("fsync", tmp_path.name)) < done.index(("rmtree", "step-00000003"))
 
 
 def test_one_that_cannot_be_written_costs_no_other(tmp_path, monkeypatch):
@@ -82,6 +105,21 @@ def test_a_signal_ends_training_after_its_step_with_a_checkpoint(tmp_path, numbe
     resumed = train(*noisy(), recipe, lambda step, total, numbers: again.append(numbers), Checkpoint(tmp_path))
     assert torch.equal(whole["w"], resumed["w"])
     assert again == heard[4:]  # what is reported goes on as if nothing had happened, from where it stopped
+
+
+def test_a_checkpoint_is_due_by_time_and_not_by_steps(tmp_path, monkeypatch):
+    """A clock that a step moves by 40 s, and 100 s between checkpoints: one after every third step, and the end's."""
+    clock, kept = [0.0], []
+    monkeypatch.setattr("p3s_cli.sd.train.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("p3s_cli.sd.train.checkpoints.commit", lambda folder, step, *_: kept.append(step))
+
+    def slow(step, generator):
+        clock[0] += 40.0
+        return noisy_loss(step, generator)
+
+    parameters, noisy_loss = noisy()
+    train(parameters, slow, Recipe(steps=8, lr=0.1), checkpoint=Checkpoint(tmp_path, every=100.0))
+    assert kept == [3, 6, 8]
 
 
 def test_a_second_signal_does_not_wait(tmp_path):

@@ -43,7 +43,15 @@ def test_transparency_lies_over_white_and_16_bit_is_scaled(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n broken", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]
+    "content",
+    [
+        b"",
+        b"not an image",
+        b"\x89PNG\r\n\x1a\n broken",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+        b"PK\3\4" + bytes(99),
+    ],
 )
 def test_what_is_no_picture_is_refused_by_name(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)

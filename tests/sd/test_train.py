@@ -47,6 +47,19 @@ def test_one_bad_step_is_skipped_and_many_stop_the_run():
         train(problem()[0], lambda s, g: (parameters["w"].sum() * float("inf"), {}), Recipe(steps=50, lr=0.05))
 
 
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    """The loss sqrt(|w|) is 0 where its slope is infinite."""
+    w = torch.nn.Parameter(torch.tensor([0.0, 4.0]))
+    heard = []
+
+    def loss(step, generator):
+        return (w.abs().sqrt()[0] if step == 1 else w[1] ** 2), {}
+
+    train({"w": w}, loss, Recipe(steps=2, lr=0.1), lambda step, total, numbers: heard.append((w.tolist(), numbers)))
+    (first, before), (second, after) = heard
+    assert first == second and (before["skipped"], after["skipped"]) == (0, 1)
+
+
 def test_learning_rate_warms_up_then_falls_along_a_half_cosine():
     recipe = Recipe(steps=110, lr=1.0, warmup=10, decay="cosine")
     assert [learning_rate(recipe, s) for s in (0, 9, 10)] == pytest.approx([0.1, 1.0, 1.0])
