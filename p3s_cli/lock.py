@@ -17,8 +17,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
-from p3s_cli.atomic import finish
-from p3s_cli.errors import P3SError
+from p3s_cli.atomic import DECIDED, TEMPORARY, finish
+from p3s_cli.errors import InputError, P3SError
 from p3s_cli.subject import Subject
 
 LOCK = ".lock"
@@ -35,23 +35,56 @@ def writing(root: Path, what: str) -> Iterator[None]:
     """
     path, made = root / LOCK, not root.exists()
     lock = FileLock(path, blocking=False)
+    with _sentence(root):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise P3SError(f"{root} is being written by {_holder(path)}; wait until it is done, or stop it") from None
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise P3SError(f"{root} is being written by {_holder(path)}; wait until it is done, or stop it") from None
-    except OSError as error:
-        raise P3SError(f"cannot write {root}: {error.strerror or error}; choose a folder you may write to") from error
-    try:
-        path.write_text(
-            f"{what}, process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        )
+        with _sentence(root):
+            path.write_text(
+                f"{what}, process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            )
         finish(root)
         yield
     finally:
         if not Subject.exists(root):
             _leave_no_trace(root, made)
         lock.release()
+
+
+@contextlib.contextmanager
+def reading(*roots: Path, what: str) -> Iterator[None]:
+    """Hold directories while several of their files are read, so that all are of one state.
+
+    One that may not be written is read as it is. Raises as `writing`.
+    """
+    with contextlib.ExitStack() as held:
+        for root in dict.fromkeys(r.resolve() for r in roots):
+            if os.access(root, os.W_OK):
+                held.enter_context(writing(root, what))
+        yield
+
+
+def unfinished(root: Path) -> bool:
+    """Whether a directory, no subject yet, holds nothing but what a killed writer left (or nothing at all)."""
+    names = [p.name for p in root.iterdir()] if root.is_dir() else ["a file"]
+    return not Subject.exists(root) and (
+        DECIDED in names or all(name == LOCK or name.endswith(TEMPORARY) for name in names)
+    )
+
+
+@contextlib.contextmanager
+def _sentence(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{root} cannot be a folder, for a file stands in its way; name another place") from error
+    except OSError as error:
+        raise P3SError(
+            f"cannot write {root}: {error.strerror or error}; make room, or choose a folder you may write to"
+        ) from error
 
 
 def _leave_no_trace(root: Path, made: bool) -> None:

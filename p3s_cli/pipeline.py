@@ -28,7 +28,7 @@ from p3s_cli.sd import text
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.sample import Eps, guided_noise, passes
 from p3s_cli.sd.weights import load_tensors
-from p3s_cli.subject import Subject
+from p3s_cli.subject import CONTROL, Subject
 
 _SUBJECTS = "subjects"  # inside a saved pipeline's folder
 _MODULES = ("vae", "text_encoder", "tokenizer", "unet")
@@ -158,5 +158,5 @@ class _Controlled(nn.Module):
 
 
 def _part(subject: Subject) -> Part:
-    tensors, metadata = load_tensors(subject.path("control/control.safetensors"))
+    tensors, metadata = load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
     return Part(subject, tensors, settings.read_control(metadata["config"]))

@@ -16,17 +16,19 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from p3s_cli.atomic import committing, replacing, sha256
+from p3s_cli.atomic import committing, read_text, replacing, sha256
 from p3s_cli.errors import InputError, P3SError
 
 SCHEMA = 1
 MANIFEST = "subject.json"
+CONTROL = "control/control.safetensors"
+_TUNED = ("base", "base_fingerprint")  # settings without which a control is nobody's
 
 
 class _Strict(BaseModel):
@@ -62,6 +64,10 @@ class Reference(_Strict):
     negative: list[tuple[float, float]] = Field(default_factory=list)
     box: tuple[float, float, float, float] | None = None
     mask: Stage | None = None
+
+    @property
+    def mask_file(self) -> str:
+        return f"{self.folder}/mask.safetensors"
 
 
 class Manifest(_Strict):
@@ -99,22 +105,32 @@ class Subject:
     def changing(self) -> Iterator[Path]:
         """Yield a folder for new artifacts; afterwards they and the manifest replace the old ones, all at once.
 
-        Raises P3SError if they cannot be written, or if the subject was removed in the meantime.
+        Raises P3SError if they cannot be written, or if the subject was removed in the meantime, and InputError
+        rather than write a manifest that could not be read again.
         """
         if self.found and not self.exists(self.root):
             raise P3SError(f"{self.root} was removed while it was worked on; nothing was saved")
         with committing(self.root) as folder:
             yield folder
+            text = json.dumps(self.manifest.model_dump(), indent=2, sort_keys=True) + "\n"
+            try:
+                Manifest.model_validate(_parse(text))
+            except ValueError as error:
+                raise InputError(
+                    f"{self.root} was left as it was, for its new manifest could not be read again ({first_reason(error)})"
+                ) from error
             with replacing(folder / MANIFEST) as temporary:
-                temporary.write_text(json.dumps(self.manifest.model_dump(), indent=2, sort_keys=True) + "\n", "utf-8")
+                temporary.write_text(text, "utf-8")
         self.found = True
 
     def path(self, relative: str) -> Path:
         return self.root / relative
 
-    def intact(self, stage: Stage) -> bool:
-        """Whether every artifact of the stage is there, bit for bit."""
-        return all(self.path(n).is_file() and sha256(self.path(n)) == h for n, h in stage.artifacts.items())
+    def intact(self, stage: Stage, needed: str) -> bool:
+        """Whether every artifact of the stage is there, bit for bit, and the one that is needed is among them."""
+        return needed in stage.artifacts and all(
+            self.path(n).is_file() and sha256(self.path(n)) == h for n, h in stage.artifacts.items()
+        )
 
     # What each stage depends on. A hash that differs from the one its record holds makes the record stale.
 
@@ -131,7 +147,8 @@ class Subject:
             raise InputError(f"{self.root} has no reference yet; add one with: p3s mask PHOTO --pos X,Y -o {self.root}")
         for reference in self.manifest.references:
             stage = reference.mask
-            if stage is None or stage.inputs != self.mask_inputs(reference, stage.settings) or not self.intact(stage):
+            whole = stage is not None and self.intact(stage, reference.mask_file)
+            if stage is None or stage.inputs != self.mask_inputs(reference, stage.settings) or not whole:
                 photo = self.path(f"{reference.folder}/photo.png")
                 raise InputError(
                     f"the mask of {reference.folder} does not belong to its points any more; refresh it with: {mask_command(photo, reference, self.root)}"
@@ -139,9 +156,14 @@ class Subject:
 
     def tuned(self) -> Stage:
         """The finetune record. Raises InputError, with the command to run, before there is one."""
-        if self.manifest.finetune is None:
+        stage = self.manifest.finetune
+        if stage is None:
             raise InputError(f"{self.root} has not been tuned yet; run: {self._finetune_command}")
-        return self.manifest.finetune
+        if not all(isinstance(stage.settings.get(name), str) for name in _TUNED) or CONTROL not in stage.artifacts:
+            raise InputError(
+                f"the record of {self.root}'s tuning is not one that p3s wrote; run: {self._finetune_command} --force"
+            )
+        return stage
 
     def check_control(self, base_fingerprint: str) -> None:
         """Raises InputError unless the control on disk is whole and belongs to these masks and this base."""
@@ -154,14 +176,14 @@ class Subject:
             )
         if stage.inputs != self.finetune_inputs(base_fingerprint):
             raise InputError(f"{self.root} has changed since it was tuned (points, masks or words); run: {command}")
-        if not self.intact(stage):
+        if not self.intact(stage, CONTROL):
             raise InputError(f"the control of {self.root} is missing or damaged; run: {command} --force")
 
     @property
     def method(self) -> str:
         """What the subject is tuned with; P3S before it is."""
         stage = self.manifest.finetune
-        return stage.settings.get("method", "p3s") if stage else "p3s"
+        return str(stage.settings.get("method", "p3s")) if stage else "p3s"
 
     @property
     def _finetune_command(self) -> str:
@@ -172,7 +194,7 @@ class Subject:
 def read_manifest(path: Path) -> Manifest:
     """Raises InputError if it is missing, of a schema this version does not read, or does not hold together."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+        data = _parse(read_text(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{path.parent} is not a subject directory (it has no {path.name}); make one with: p3s mask PHOTO --pos X,Y -o {path.parent}"
@@ -187,11 +209,21 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
         raise InputError(
-            f"{path} is not a manifest this version reads ({where}: {first['msg']}); restore it or make the subject again"
+            f"{path} is not a manifest this version reads ({first_reason(error)}); restore it or make the subject again"
         ) from error
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, parse_float=_finite, parse_constant=_finite)
+
+
+def first_reason(error: ValueError) -> str:
+    """The first thing that pydantic found, in one line."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
 
 
 def _finite(number: str) -> float:
@@ -234,62 +266,3 @@ def mask_command(photo: Path, reference: Reference, root: Path) -> str:
 def digest(*parts: Any) -> str:
     """sha256 of JSON-able values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def parse_point(text: str) -> tuple[str, float, float]:
-    """Read `X,Y`: ("pixels", x, y), or ("fraction", x, y) where both are written with a point and lie in [0, 1]."""
-    try:
-        first, second = text.split(",")
-        x, y = float(first), float(second)
-    except ValueError as error:
-        raise InputError(
-            f"{text!r:.80} is not a point; write X,Y in pixels, such as 120,88, or as fractions, such as 0.3,0.5"
-        ) from error
-    if "." in first and "." in second and 0 <= x <= 1 and 0 <= y <= 1:
-        return "fraction", x, y
-    return "pixels", x, y
-
-
-def resolve_points(points: Sequence[str | tuple[float, float]], width: int, height: int) -> list[tuple[float, float]]:
-    """Points as pixels of the upright image. Raises InputError for one that lies outside, naming the size."""
-    resolved = []
-    for point in points:
-        if isinstance(point, str):
-            kind, x, y = parse_point(point)
-            x, y = (x * (width - 1), y * (height - 1)) if kind == "fraction" else (x, y)
-        else:
-            x, y = _numbers(point, 2, "a point; give (x, y)")
-        if not (0 <= x < width and 0 <= y < height):
-            near = [
-                str(min(max(round(v), 0), n - 1)) if abs(v) < 1e9 else str(n // 2) for v, n in ((x, width), (y, height))
-            ]
-            raise InputError(
-                f"the point {x:g},{y:g} lies outside the image, which is {width} wide and {height} high; give x in 0-{width - 1}, y in 0-{height - 1}, such as {','.join(near)}"
-            )
-        resolved.append((x, y))
-    return resolved
-
-
-def resolve_box(box: str | Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
-    """`X0,Y0,X1,Y1`, two corners written like points -> pixels. Raises InputError if it is no box of the image."""
-    wanted = "a box; write X0,Y0,X1,Y1, such as 40,60,210,300"
-    parts = box.split(",") if isinstance(box, str) else _numbers(box, 4, wanted)
-    if len(parts) != 4:
-        raise InputError(f"{box!r:.80} is not {wanted}")
-    corners = (
-        [",".join(parts[:2]), ",".join(parts[2:])] if isinstance(box, str) else [tuple(parts[:2]), tuple(parts[2:])]
-    )
-    (x0, y0), (x1, y1) = resolve_points(corners, width, height)
-    if x0 >= x1 or y0 >= y1:
-        raise InputError(f"the box {box} is empty; give its left top corner first, then its right bottom one")
-    return x0, y0, x1, y1
-
-
-def _numbers(values: Sequence[float], count: int, what: str) -> list[float]:
-    try:
-        numbers = [float(v) for v in values]
-    except (TypeError, ValueError, OverflowError):
-        numbers = []
-    if len(numbers) != count:
-        raise InputError(f"{values!r:.80} is not {what}")
-    return numbers

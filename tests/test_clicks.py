@@ -10,9 +10,8 @@ from p3s_cli import pictures, stages
 from p3s_cli.errors import InputError
 from p3s_cli.sd import images
 from p3s_cli.sd.weights import load_tensors
-from p3s_cli.stages.clicks import read_clicks
+from p3s_cli.stages.clicks import read_clicks, resolve_box
 from p3s_cli.stages.reference import Clicks
-from p3s_cli.subject import resolve_box
 
 
 def write(path, data):

@@ -1,17 +1,27 @@
 """Export and import: sizes at SD v1-5's exact shape, exactness where it is due, and bases that do not fit."""
 
+import copy
+import struct
+import zlib
+from pathlib import Path
+
 import pytest
+import tiny
 import torch
 from diffusers import UNet2DConditionModel
 
 from p3s_cli import stages
 from p3s_cli.config import ControlConfig
-from p3s_cli.errors import InputError
+from p3s_cli.errors import InputError, P3SError
+from p3s_cli.lock import writing
 from p3s_cli.methods import lowrank
 from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd import images, single_file
 from p3s_cli.sd.family import load
-from p3s_cli.sd.weights import load_tensors
+from p3s_cli.sd.weights import load_tensors, save_tensors
+from p3s_cli.stages.sharing import FORMAT
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def test_sizes_at_the_exact_shape_of_sd15():
@@ -89,3 +99,101 @@ def test_another_base_and_another_file_are_refused(tuned, world, tmp_path):
     assert not (tmp_path / "y").exists()
     with pytest.raises(InputError, match="is not a subject that p3s export wrote"):
         stages.import_subject(tuned / "pet/control/control.safetensors", tmp_path / "z", family=world)
+
+
+@pytest.fixture
+def exported(tmp_path, tiny_family):
+    """(tensors, description) of an export, and where one that was changed may be written."""
+    photo = tiny.photo(tmp_path / "two.png")
+    stages.mask(photo, [(18, 32)], [(46, 32)], tmp_path / "thing", "thing", family=tiny_family)
+    stages.finetune(tmp_path / "thing", steps=1, family=tiny_family)
+    out = stages.export_subject(tmp_path / "thing", tmp_path / "good.p3s.safetensors", 2, family=tiny_family)
+    return *load_tensors(out.file), tmp_path / "bad.p3s.safetensors"
+
+
+def bomb(side):
+    """A PNG of a few bytes that says it has side x side pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return torch.frombuffer(bytearray(start + struct.pack(">I", 0) + b"IDAT"), dtype=torch.uint8)
+
+
+MASK = "reference/0/subject"
+HOSTILE = {
+    "of a later format": (lambda t, d: d.update(format=2), "its format is 2"),
+    "without a description": (lambda t, d: d.clear(), "its format is None"),
+    "no rank": (lambda t, d: d.update(rank="many"), "rank"),
+    "no base": (lambda t, d: d["finetune"].pop("base"), "names no base"),
+    "no settings": (lambda t, d: d["finetune"].update(config={}), "settings of the control cannot be read"),
+    "no references": (lambda t, d: d.update(references=[]), "references"),
+    "a reference elsewhere": (lambda t, d: d["references"][0].update(folder="../../x"), "folder"),
+    "a reference of another size": (lambda t, d: d["references"][0].update(width=65), "RGB of 64 x 64|L of 64 x 64"),
+    "a tensor too few": (lambda t, d: t.pop(MASK), f"{MASK} is missing"),
+    "a tensor too many": (lambda t, d: t.update({"../x": torch.ones(1)}), "../x is not expected"),
+    "a factor of another shape": (lambda t, d: t.update({name(t): torch.zeros(3, 2).half()}), r"F16\[3, 2\] instead"),
+    "no picture": (lambda t, d: t.update({MASK: torch.zeros(9, dtype=torch.uint8)}), "no readable picture"),
+    "a bomb": (lambda t, d: t.update({MASK: bomb(2**30)}), "no readable picture"),
+    "a bomb that was announced": (
+        lambda t, d: (t.update({MASK: bomb(20_000)}), d["references"][0].update(width=20_000, height=20_000)),
+        "no readable picture",
+    ),
+}
+
+
+def name(tensors):
+    return next(n for n in tensors if n.endswith(".u"))
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_an_export_that_p3s_did_not_write_is_refused_and_leaves_nothing(exported, tmp_path, tiny_family, change):
+    tensors, described, path = exported
+    how, words = HOSTILE[change]
+    how(tensors, described)
+    described.pop("schema", None)
+    save_tensors(path, tensors, described)
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=words):
+        stages.import_subject(path, tmp_path / "in", family=tiny_family)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_an_export_of_every_format_is_read(tmp_path, tiny_family):
+    """`tests/golden/export-<n>.p3s.safetensors` was written in the days of that format from `tests/golden/schema-1`."""
+    for number in range(1, FORMAT + 1):
+        file = GOLDEN / f"export-{number}.p3s.safetensors"
+        family = copy.copy(tiny_family)  # its weights may be drawn in another way some day; shapes and names may not
+        family.fingerprint = lambda file=file: load_tensors(file)[1]["finetune"]["base_fingerprint"]
+        root = stages.import_subject(file, tmp_path / str(number), family=family).subject
+        images_ = [load_tensors(r / "references/00/mask.safetensors")[0] for r in (root, GOLDEN / "schema-1")]
+        assert all(torch.equal(images_[0][n], images_[1][n]) for n in ("subject", "negative", "inpainted", "latent"))
+        stages.generate(root, "a [V] thing", n=1, steps=1, family=family)
+
+
+def test_an_archive_is_no_subject(tmp_path, tiny_family):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "x.p3s.safetensors", "w") as archive:
+        archive.writestr("../../escaped", "x")
+    with pytest.raises(InputError, match="x.p3s.safetensors is damaged or not made by p3s"):
+        stages.import_subject(tmp_path / "x.p3s.safetensors", tmp_path / "in", family=tiny_family)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.p3s.safetensors"]
+
+
+@pytest.mark.parametrize("left", ["a temporary", "a decided commit"])
+def test_an_import_that_was_killed_is_made_again_and_not_beside_another(exported, tmp_path, tiny_family, left):
+    good, root = tmp_path / "good.p3s.safetensors", tmp_path / "in"
+    whole = stages.import_subject(good, tmp_path / "whole", family=tiny_family).subject
+    rest = root / (".p3s-commit" if left == "a decided commit" else ".1-00.p3s-tmp") / "control"
+    rest.mkdir(parents=True)
+    (rest / "control.safetensors").write_bytes(b"half")
+    stages.import_subject(good, root, family=tiny_family)
+    files = [
+        {str(p.relative_to(r)): p.read_bytes() for p in r.rglob("*") if p.is_file() and p.name != ".lock"}
+        for r in (whole, root)
+    ]
+    assert files[0] == files[1]
+
+
+def test_an_import_beside_another_writer_stops_at_once(exported, tmp_path, tiny_family):
+    with writing(tmp_path / "in", "p3s import"), pytest.raises(P3SError, match="is being written by p3s import"):
+        stages.import_subject(tmp_path / "good.p3s.safetensors", tmp_path / "in", family=tiny_family)

@@ -12,8 +12,9 @@ from p3s_cli.errors import InputError, P3SError
 from p3s_cli.paper.points import Selection
 from p3s_cli.sd import images
 from p3s_cli.sd.weights import load_tensors
+from p3s_cli.stages.clicks import parse_point, resolve_points
 from p3s_cli.stages.reference import Clicks, _check_apart, _degenerate
-from p3s_cli.subject import Subject, parse_point, resolve_points
+from p3s_cli.subject import Subject
 
 
 @pytest.fixture

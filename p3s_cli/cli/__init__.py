@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 from p3s_cli import signals
 
@@ -19,6 +20,7 @@ def run() -> None:
     """Entry point. Hub libraries keep their notices to themselves; SIGINT and SIGTERM end it in good order."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
     try:
         with signals.raising():
             app()

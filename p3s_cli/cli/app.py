@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -30,4 +31,5 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    # a path may hold bytes that are no text, and a terminal may know fewer letters than a class word has
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -36,6 +36,17 @@ def split(tensors: Mapping[str, Tensor], unet: UNet2DConditionModel, rank: int =
     return parts
 
 
+def layout(shapes: Mapping[str, torch.Size], rank: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What `split` makes of tensors of these shapes, or of none of them without a rank: name -> dtype and shape."""
+    found = {}
+    for name, shape in shapes.items():
+        if rank is not None and worthwhile(name, shape, rank):
+            found |= {f"{name}.u": ("F16", (shape[0], rank)), f"{name}.v": ("F16", (rank, shape[1:].numel()))}
+        else:
+            found[name] = ("F16", tuple(shape))
+    return found
+
+
 def join(
     parts: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], unet: UNet2DConditionModel
 ) -> dict[str, Tensor]:

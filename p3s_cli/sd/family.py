@@ -18,7 +18,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from transformers import AutoModel, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from p3s_cli.atomic import sha256
 from p3s_cli.errors import InputError
@@ -83,10 +83,10 @@ class Family:
         )
 
     def _clip_model(self, source: str) -> CLIPModel:
-        clip = hub.from_pretrained(CLIPModel, source, use_safetensors=True)
-        if clip.config.model_type != "clip":
-            raise InputError(f"{source} holds a {clip.config.model_type}, not a CLIP pair; name a CLIP model's folder")
-        return clip
+        kind = hub.from_pretrained(AutoConfig, source, trust_remote_code=False).model_type
+        if kind != "clip":
+            raise InputError(f"{source} holds a {kind}, not a CLIP pair; name a CLIP model's folder")
+        return hub.from_pretrained(CLIPModel, source, use_safetensors=True)
 
     def mask_tower(self, name: str = "clip") -> VisionTower:
         """What the masks are read from: the family's own CLIP tower, `dinov2`, or any ViT (or CLIP) of transformers.

@@ -31,10 +31,13 @@ def load_image(path: Path) -> Image.Image:
 
     Raises InputError naming the file if it is absent, no JPEG, PNG or WebP, broken, tiny or huge.
     """
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; give a JPEG, PNG or WebP image")
+    try:
+        if not path.exists():
+            raise InputError(f"{path} does not exist")
+        if not path.is_file():
+            raise InputError(f"{path} is not a file; give a JPEG, PNG or WebP image")
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a JPEG, PNG or WebP image") from error
     with _opened(path, FORMATS) as image:
         if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
             raise InputError(f"{path} is animated; give one frame of it")

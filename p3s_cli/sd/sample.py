@@ -122,10 +122,14 @@ def sample(
 ) -> Tensor:
     """Latents (B, *shape), one for each seed, from text states (B, 77, D) and empty-text states (1, 77, D).
 
-    A negative prompt's states may stand in the place of the empty text's.
+    A negative prompt's states may stand in the place of the empty text's. Raises InputError for more steps
+    than the scheduler takes.
     """
     device = text.device
-    scheduler.set_timesteps(steps, device=device)
+    try:
+        scheduler.set_timesteps(steps, device=device)
+    except ValueError as error:  # more than it was trained with
+        raise InputError(f"the scheduler cannot take {steps} steps ({error}); give fewer --steps") from error
     noise, generators = initial_noise(seeds, shape)
     x = noise.to(device) * scheduler.init_noise_sigma
     # made once, so that what depends on the text alone is recognised and computed once

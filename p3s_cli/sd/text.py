@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from p3s_cli.errors import InputError
 
 PLACEHOLDER = "[V]"
+_LONGEST = 2_000  # characters
 _NUMBERED = re.compile(r"\[V(\d+)\]")
 
 
@@ -20,10 +21,7 @@ def identify(prompt: str, identifier: str, *others: str) -> str:
 
     Raises InputError for a subject the prompt says nowhere, and for a place that has no subject.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the prompt {prompt!a:.80} is not valid Unicode text; type it again") from error
+    check_text("prompt", prompt)
     identifiers = (identifier, *others)
     if not others:
         prompt = prompt.replace(PLACEHOLDER, "[V1]")
@@ -41,6 +39,21 @@ def identify(prompt: str, identifier: str, *others: str) -> str:
     if extra := numbers - set(range(1, len(identifiers) + 1)):
         raise InputError(f"the prompt says [V{min(extra)}], which is no subject; name one with --also")
     return _NUMBERED.sub(lambda match: identifiers[int(match[1]) - 1], prompt)
+
+
+def check_text(which: str, words: str) -> None:
+    """Raises InputError for what no manifest can hold, bytes of a shell that are no text, and for a book.
+
+    A tokenizer's time grows with the square of a word's length: five thousand letters take it minutes.
+    """
+    if len(words) > _LONGEST:
+        raise InputError(
+            f"the {which} has {len(words):,} characters, and a text encoder reads 77 tokens; give {_LONGEST:,} at most"
+        )
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the {which} {words!a:.80} is not valid Unicode text; type it again") from error
 
 
 def lost_words(tokenizer: CLIPTokenizer, prompt: str) -> str:

@@ -4,9 +4,10 @@ they are believed. Pickle is never read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def load_tensors(path: Path, layout: Layout | None = None, sha: str | None = Non
     Size, header, names, dtypes, shapes and hash are checked before a tensor is read, and its numbers for
     being finite after. Raises InputError for whatever is not as it should be.
     """
-    try:
+    with _sentence(path):
         metadata = _check_header(path, layout)
         if sha is not None and sha256(path) != sha:
             raise ValueError("its hash is not the one recorded for it")
@@ -55,6 +56,12 @@ def load_tensors(path: Path, layout: Layout | None = None, sha: str | None = Non
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds numbers that are not finite")
         return tensors, metadata
+
+
+@contextlib.contextmanager
+def _sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
@@ -78,8 +85,16 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     return {name: ("", tuple(t.shape)) for name, t in tensors.items()}
 
 
+def load_metadata(path: Path) -> dict:
+    """The metadata of a file of `save_tensors`, whose header is checked. Raises as `load_tensors`."""
+    with _sentence(path):
+        return _check_header(path, None)
+
+
 def _check_header(path: Path, layout: Layout | None) -> dict:
     """Returns the metadata. Raises ValueError for a header that does not describe exactly this file."""
+    if not path.is_file() and path.exists():
+        raise ValueError("it is no file")
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""Points from a file, for one photo or for many."""
+"""Points as they are written, on the command line or in a file, for one photo or for many."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from p3s_cli.atomic import read_text
 from p3s_cli.errors import InputError
 
 
@@ -31,10 +32,10 @@ def read_clicks(path: Path, photos: Sequence[Path]) -> list[PhotoClicks]:
     Raises InputError if the file is neither, or says nothing of one of the photos.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON that can be read ({error})") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no JSON object; write points by file name, or those of the one photo")
@@ -51,3 +52,62 @@ def read_clicks(path: Path, photos: Sequence[Path]) -> list[PhotoClicks]:
             where = ".".join(map(str, first["loc"]))
             raise InputError(f"{path}: {photo.name}: {where}: {first['msg']}") from error
     return found
+
+
+def parse_point(text: str) -> tuple[str, float, float]:
+    """Read `X,Y`: ("pixels", x, y), or ("fraction", x, y) where both are written with a point and lie in [0, 1]."""
+    try:
+        first, second = text.split(",")
+        x, y = float(first), float(second)
+    except ValueError as error:
+        raise InputError(
+            f"{text!r:.80} is not a point; write X,Y in pixels, such as 120,88, or as fractions, such as 0.3,0.5"
+        ) from error
+    if "." in first and "." in second and 0 <= x <= 1 and 0 <= y <= 1:
+        return "fraction", x, y
+    return "pixels", x, y
+
+
+def resolve_points(points: Sequence[str | tuple[float, float]], width: int, height: int) -> list[tuple[float, float]]:
+    """Points as pixels of the upright image. Raises InputError for one that lies outside, naming the size."""
+    resolved = []
+    for point in points:
+        if isinstance(point, str):
+            kind, x, y = parse_point(point)
+            x, y = (x * (width - 1), y * (height - 1)) if kind == "fraction" else (x, y)
+        else:
+            x, y = _numbers(point, 2, "a point; give (x, y)")
+        if not (0 <= x < width and 0 <= y < height):
+            near = [
+                str(min(max(round(v), 0), n - 1)) if abs(v) < 1e9 else str(n // 2) for v, n in ((x, width), (y, height))
+            ]
+            raise InputError(
+                f"the point {x:g},{y:g} lies outside the image, which is {width} wide and {height} high; give x in 0-{width - 1}, y in 0-{height - 1}, such as {','.join(near)}"
+            )
+        resolved.append((x, y))
+    return resolved
+
+
+def resolve_box(box: str | Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
+    """`X0,Y0,X1,Y1`, two corners written like points -> pixels. Raises InputError if it is no box of the image."""
+    wanted = "a box; write X0,Y0,X1,Y1, such as 40,60,210,300"
+    parts = box.split(",") if isinstance(box, str) else _numbers(box, 4, wanted)
+    if len(parts) != 4:
+        raise InputError(f"{box!r:.80} is not {wanted}")
+    corners = (
+        [",".join(parts[:2]), ",".join(parts[2:])] if isinstance(box, str) else [tuple(parts[:2]), tuple(parts[2:])]
+    )
+    (x0, y0), (x1, y1) = resolve_points(corners, width, height)
+    if x0 >= x1 or y0 >= y1:
+        raise InputError(f"the box {box} is empty; give its left top corner first, then its right bottom one")
+    return x0, y0, x1, y1
+
+
+def _numbers(values: Sequence[float], count: int, what: str) -> list[float]:
+    try:
+        numbers = [float(v) for v in values]
+    except (TypeError, ValueError, OverflowError):
+        numbers = []
+    if len(numbers) != count:
+        raise InputError(f"{values!r:.80} is not {what}")
+    return numbers

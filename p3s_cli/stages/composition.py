@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,11 @@ from typing import Any
 
 from p3s_cli.atomic import sha256
 from p3s_cli.errors import InputError
+from p3s_cli.lock import reading
 from p3s_cli.sd import controlnet, images
 from p3s_cli.subject import Subject
+
+_ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,20 @@ class Composition:
     lora: tuple[tuple[Path, float], ...] = ()
 
     @classmethod
-    def read(cls, also: Sequence[str] | None, control: Sequence[str] | None, lora: Sequence[str] | None) -> Composition:
+    def read(
+        cls,
+        also: Sequence[str] | None,
+        control: Sequence[str] | None,
+        lora: Sequence[str] | None,
+        held: Path | None = None,
+    ) -> Composition:
         """From `cat=0.8`, `canny=edges.png=0.7` and `style.safetensors=0.6`; a strength left out is 1.
 
-        Raises InputError for what is not there, before any model is loaded.
+        `held` is the directory that is being written to by whoever asks. Raises InputError for what is not there,
+        before any model is loaded, and P3SError for a subject that another process is writing.
         """
         return cls(
-            tuple((Subject.open(Path(name)), strength) for name, strength in map(_weighted, also or ())),
+            tuple((_opened(Path(name), held), strength) for name, strength in map(_weighted, also or ())),
             tuple(_guide(text) for text in control or ()),
             tuple((_existing(Path(name)), strength) for name, strength in map(_weighted, lora or ())),
         )
@@ -59,13 +70,22 @@ class Composition:
         return {name: part for name, part in parts.items() if part}
 
 
+def _opened(root: Path, held: Path | None) -> Subject:
+    if held is not None and Subject.exists(root) and root.resolve() == held.resolve():
+        return Subject.open(root)
+    with reading(root, what="p3s generate") if Subject.exists(root) else contextlib.nullcontext():
+        return Subject.open(root)
+
+
 def _hash(path: Path) -> str:
-    return sha256(path / "adapter_model.safetensors" if path.is_dir() else path)
+    return sha256(path / _ADAPTER if path.is_dir() else path)
 
 
 def _existing(path: Path) -> Path:
     if not path.exists():
         raise InputError(f"{path} does not exist")
+    if path.is_dir() and not (path / _ADAPTER).is_file():
+        raise InputError(f"{path} holds no {_ADAPTER}; give a .safetensors file, or a folder that peft wrote")
     return path
 
 

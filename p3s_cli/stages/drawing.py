@@ -21,8 +21,7 @@ from p3s_cli.sd.family import Family
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.stages.composition import Composition
 from p3s_cli.stages.progress import Progress
-from p3s_cli.stages.tuning import CONTROL
-from p3s_cli.subject import Subject
+from p3s_cli.subject import CONTROL, Subject
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from p3s_cli.stages.drawing import Order, draw, parameters
 from p3s_cli.stages.output import Output
 from p3s_cli.stages.progress import Progress, silent
 from p3s_cli.subject import Subject
+
+_MOST = 1_000  # images of one call, which share a grid
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,10 @@ def generate(
     InputError before the subject is tuned, after it has changed, for a prompt without [V], and for unknown names.
     """
     report = on_progress or silent
-    if n < 1:
-        raise InputError("give at least one image: -n 1")
-    subject, joined = Subject.open(Path(subject_dir)), Composition.read(also, control, lora)
+    if not 1 <= n <= _MOST:
+        raise InputError(f"give from 1 to {_MOST} images with -n, and more by another call with --seed; not {n}")
+    subject = Subject.open(Path(subject_dir))
+    joined = Composition.read(also, control, lora, held=subject.root)
     subjects = [subject, *(s for s, _ in joined.also)]
     identifiers = [s.manifest.identifier for s in subjects]
     words = text.identify(prompt, *identifiers)
@@ -131,6 +135,9 @@ def _sampling(
     )
     if config.steps < 1 or config.references < 1:
         raise InputError("give at least one step (--steps 1) and one reference (--references 1)")
+    for value in (config.guidance, config.subject_guidance, config.strength):
+        if value is not None and not math.isfinite(value):
+            raise InputError(f"{value} is no strength; give --guidance, --subject-guidance and --strength as numbers")
     config = settings.with_schedule(config, schedule)
     sample.check_scheduler(config.scheduler)
     return config
@@ -146,6 +153,7 @@ def _settled(sampling: settings.GenerateConfig, family: Family, subject: Subject
 
 def _check_words(family: Family, words: str, negative: str, identifiers: Sequence[str]) -> list[str]:
     """Warnings for what of the prompts the text encoder will not see; InputError if a subject is in it."""
+    text.check_text("negative prompt", negative)
     for identifier in identifiers:
         text.check_identifier_survives(family.tokenizer, words, identifier)
     lost = {"prompt": text.lost_words(family.tokenizer, words)}

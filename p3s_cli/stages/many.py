@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from p3s_cli.atomic import read_text
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.sd.family import Family, load
 from p3s_cli.stages.progress import Progress, silent
@@ -29,9 +30,9 @@ def read_jobs(path: Path | str) -> list[Path]:
     Raises InputError if it cannot be read or names none.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(Path(path)).splitlines()]
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        reason = getattr(error, "strerror", None) or "it is no short UTF-8 text"
         raise InputError(
             f"the jobs in {path} cannot be read ({reason}); give a text file, one directory a line"
         ) from error

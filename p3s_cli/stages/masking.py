@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
 
 from p3s_cli import config as settings
 from p3s_cli import pictures
 from p3s_cli.errors import InputError
 from p3s_cli.lock import writing
-from p3s_cli.sd import images
+from p3s_cli.sd import images, text
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
 from p3s_cli.stages import reference as work
@@ -74,6 +76,7 @@ def mask(
     report = on_progress or silent
     photo, root = Path(photo), Path(output) if output else Path(Path(photo).stem)
     mask_config = config or settings.preset(preset)[0]
+    text.check_text("class word", class_word or "")
     picture = images.load_image(photo)
     clicks = work.Clicks.read(positive, negative, box, *picture.size)
     with writing(root, "p3s mask"), exact(deterministic):
@@ -114,7 +117,26 @@ def mask(
 
 def _is_made(subject: Subject, reference: Reference, stage: Stage) -> bool:
     done = reference.mask
-    return bool(done and done.inputs == stage.inputs and done.seed == stage.seed and subject.intact(done))
+    if not done or (done.inputs, done.settings, done.seed) != (stage.inputs, stage.settings, stage.seed):
+        return False
+    return subject.intact(done, reference.mask_file) and _made(done) is not None
+
+
+class _Made(BaseModel):
+    """What a record says of masks that are done."""
+
+    areas: dict[Literal["subject", "negative"], float] = Field(min_length=2)
+    confidence: float
+    filler: str
+    warnings: list[str]
+
+
+def _made(stage: Stage) -> _Made | None:
+    """None for a record that no p3s wrote."""
+    try:
+        return _Made.model_validate(stage.result)
+    except ValidationError:
+        return None
 
 
 def _reference_for(subject: Subject, picture: Image.Image, clicks: work.Clicks) -> Reference:
@@ -145,16 +167,18 @@ def _guess(subject: Subject, family: Family, picture: Image.Image, made: work.Ma
 
 
 def _result(subject: Subject, reference: Reference, unchanged: bool) -> MaskResult:
-    made = reference.mask.result
+    assert reference.mask is not None
+    made = _made(reference.mask)
+    assert made is not None
     return MaskResult(
         subject=subject.root,
         reference=reference.folder,
         class_word=subject.manifest.class_word,
         class_score=subject.manifest.class_score,
-        areas=made["areas"],
-        confidence=made["confidence"],
-        filler=made["filler"],
-        warnings=tuple(made["warnings"]),
+        areas=dict(made.areas),
+        confidence=made.confidence,
+        filler=made.filler,
+        warnings=tuple(made.warnings),
         pictures=tuple(subject.path(n) for n in reference.mask.artifacts if n.endswith(".png")),
         unchanged=unchanged,
     )

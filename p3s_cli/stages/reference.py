@@ -24,7 +24,8 @@ from p3s_cli.sd.inpaint import inpainting_filler
 from p3s_cli.sd.vision import VisionTower
 from p3s_cli.sd.weights import load_tensors, save_tensors
 from p3s_cli.segment.select import select
-from p3s_cli.subject import Reference, Stage, Subject, hashes, mask_layout, resolve_box, resolve_points
+from p3s_cli.stages.clicks import resolve_box, resolve_points
+from p3s_cli.subject import Reference, Stage, Subject, hashes, mask_layout
 
 _CUT_BY_BOX = 0.1  # of the mask: less of it outside the box is a matter of its outline
 
@@ -231,8 +232,9 @@ def _share(mask: Tensor) -> float:
 def guess_class(family: Family, picture: Image.Image, mask: Tensor) -> tuple[str, float]:
     """The family's noun that CLIP finds most like a square around the subject, with its softmax score.
 
-    mask (H, W) bool.
+    mask (H, W) bool; of an empty one, the whole photo counts.
     """
+    mask = mask if mask.any() else torch.ones_like(mask)
     rows, columns = np.where(mask.numpy())
     pixels = images.to_tensor(picture)
     pad = round(0.15 * max(np.ptp(rows), np.ptp(columns))) + 4

@@ -14,18 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from p3s_cli import config as settings
 from p3s_cli.errors import InputError
+from p3s_cli.lock import reading, unfinished, writing
 from p3s_cli.methods import lowrank
 from p3s_cli.methods.photos import mask_tensors
 from p3s_cli.paper.model import P3SControl
+from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
-from p3s_cli.sd.weights import load_tensors, save_tensors
+from p3s_cli.sd.weights import load_metadata, load_tensors, save_tensors
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.stages.tuning import CONTROL
-from p3s_cli.subject import Manifest, Reference, Stage, Subject, hashes
+from p3s_cli.subject import CONTROL, Manifest, Reference, Stage, Subject, first_reason, hashes, mask_layout
 
 FORMAT = 1
 
@@ -64,34 +66,41 @@ def export_subject(
     InputError before the subject is tuned, and with another base than it was tuned on.
     """
     report, subject = on_progress or silent, Subject.open(Path(subject_dir))
-    tuned = subject.tuned()
-    family = family or load(model or tuned.settings["base"], device, vision=tuned.settings.get("vision"))
-    subject.check_control(family.fingerprint())
-    if subject.method != "p3s":
-        raise InputError(f"{subject.root} is tuned by {subject.method}; only what p3s learnt is exported")
-    report("factorising", 0, 1)
-    tensors, _ = load_tensors(subject.path(CONTROL), sha=tuned.artifacts[CONTROL])
+    with reading(subject.root, what="p3s export"):
+        subject = Subject.open(subject.root)  # as it is now that nobody writes
+        subject.check_masks()
+        tuned = subject.tuned()
+        family = family or load(model or tuned.settings["base"], device, vision=tuned.settings.get("vision"))
+        subject.check_control(family.fingerprint())
+        if subject.method != "p3s":
+            raise InputError(f"{subject.root} is tuned by {subject.method}; only what p3s learnt is exported")
+        report("factorising", 0, 1)
+        tensors, _ = load_tensors(subject.path(CONTROL), sha=tuned.artifacts[CONTROL])
+        masks = [mask_tensors(subject, reference) for reference in subject.manifest.references]
     parts = dict(tensors) if full else lowrank.split(tensors, family.unet, rank)
     error = lowrank.error(tensors, parts, family.unet)
-    references = []
-    for i, reference in enumerate(subject.manifest.references):
-        mask = mask_tensors(subject, reference)
+    for i, mask in enumerate(masks):
         parts |= {f"reference/{i}/{n}": _packed(t) if t.dtype == torch.uint8 else t for n, t in mask.items()}
-        references.append(reference.model_dump(exclude={"mask"}) | {"mask": reference.mask.settings})
-    described = {
+    described = _description(subject, None if full else rank)
+    file = Path(output) if output else Path(f"{subject.root.resolve().name}.p3s.safetensors")
+    save_tensors(file, parts, described)
+    return ExportResult(subject.root, file, file.stat().st_size, described["rank"], error)
+
+
+def _description(subject: Subject, rank: int | None) -> dict[str, Any]:
+    """What goes beside the tensors; `_Exported` reads it."""
+    tuned, references = subject.tuned(), subject.manifest.references
+    return {
         "format": FORMAT,
-        "rank": None if full else rank,
+        "rank": rank,
         "class_word": subject.manifest.class_word,
         "identifier": subject.manifest.identifier,
         "model": subject.manifest.model,
         "finetune": tuned.settings,
         "seed": tuned.seed,
         "result": tuned.result,
-        "references": references,
+        "references": [r.model_dump(exclude={"mask"}) | {"mask": r.mask.settings} for r in references if r.mask],
     }
-    file = Path(output) if output else Path(f"{Path(subject_dir).name}.p3s.safetensors")
-    save_tensors(file, parts, described)
-    return ExportResult(subject.root, file, file.stat().st_size, described["rank"], error)
 
 
 def import_subject(
@@ -108,43 +117,81 @@ def import_subject(
     subject was tuned on, which its fingerprint tells.
     """
     report, file = on_progress or silent, Path(file)
-    parts, described = load_tensors(file)
-    if described.get("format") != FORMAT:
-        raise InputError(f"{file} is not a subject that p3s export wrote; give such a file")
+    described = _described(file)
     root = Path(output) if output else Path(file.name.removesuffix(".safetensors").removesuffix(".p3s"))
-    if root.exists():
+    if root.exists() and not unfinished(root):
         raise InputError(f"{root} exists already; name another directory with --output")
-    tuned: dict[str, Any] = described["finetune"]
     report("loading the models", 0, 1)
+    tuned = described.finetune
     family = family or load(model or tuned["base"], device, vision=tuned.get("vision"))
     theirs, ours = tuned["base_fingerprint"], family.fingerprint()
     if theirs != ours:
         raise InputError(
             f"{file} was made on another base model ({theirs[:12]}, not {ours[:12]}); name that model with --model"
         )
-    control = _control(parts, described, family)
-    manifest = Manifest(
-        class_word=described["class_word"], identifier=described["identifier"], model=described["model"]
-    )
+    shapes = _shapes(tuned, family)
+    parts, _ = load_tensors(file, _layout(described, shapes))
+    control = lowrank.join(parts, shapes, family.unet) if described.rank else {n: parts[n] for n in shapes}
+    manifest = Manifest(class_word=described.class_word, identifier=described.identifier, model=described.model)
     subject = Subject(root, manifest)
-    with subject.changing() as folder:
-        for i, kept in enumerate(described["references"]):
-            manifest.references.append(_reference(subject, folder, parts, i, kept))
+    with writing(root, "p3s import"), subject.changing() as folder:
+        for i, kept in enumerate(described.references):
+            manifest.references.append(_reference(file, subject, folder, parts, i, kept))
         save_tensors(folder / CONTROL, control, tuned)
         manifest.finetune = Stage(
             inputs=subject.finetune_inputs(ours),
             settings=tuned,
-            seed=described["seed"],
+            seed=described.seed,
             artifacts=hashes(folder, CONTROL),
-            result=described["result"] | {"imported_rank": described["rank"]},
+            result=described.result | {"imported_rank": described.rank},
         )
     return ImportResult(root, manifest.class_word, tuned["base"])
 
 
-def _control(parts: dict[str, Tensor], described: dict, family: Family) -> dict[str, Tensor]:
-    if described["rank"] is None:
-        return {n: t for n, t in parts.items() if not n.startswith("reference/")}
-    return lowrank.join(parts, _shapes(described["finetune"], family), family.unet)
+class _Kept(Reference):
+    """A reference as it is exported: the settings of its mask stand where the stage was."""
+
+    mask: dict[str, Any]  # type: ignore[assignment]
+
+
+class _Exported(BaseModel):
+    """The description in an exported file."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    rank: int | None = Field(gt=0)
+    class_word: str = Field(min_length=1)
+    identifier: str = Field(min_length=1)
+    model: str
+    finetune: dict[str, Any]
+    seed: int
+    result: dict[str, Any]
+    references: list[_Kept] = Field(min_length=1)
+
+
+def _described(file: Path) -> _Exported:
+    """Raises InputError if the file holds no description that p3s export wrote."""
+    metadata = load_metadata(file)
+    try:
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r:.20}, and this version of p3s reads {FORMAT}")
+        described = _Exported.model_validate(metadata)
+        if not all(isinstance(described.finetune.get(name), str) for name in ("base", "base_fingerprint")):
+            raise ValueError("it names no base")
+        return described
+    except ValueError as error:
+        raise InputError(
+            f"{file} is not a subject that p3s export wrote ({first_reason(error)}); give such a file"
+        ) from error
+
+
+def _layout(described: _Exported, shapes: dict[str, torch.Size]) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    """What the file must hold: the control of these shapes, and each reference's tensors, pixels packed."""
+    wanted: dict[str, tuple[str, tuple[int | None, ...]]] = dict(lowrank.layout(shapes, described.rank))
+    for i, kept in enumerate(described.references):
+        for name, (dtype, shape) in mask_layout(kept).items():
+            wanted[f"reference/{i}/{name}"] = (dtype, (None,) if dtype == "U8" else shape)
+    return wanted
 
 
 def _shapes(tuned: dict, family: Family) -> dict[str, torch.Size]:
@@ -156,14 +203,19 @@ def _shapes(tuned: dict, family: Family) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in control.named_parameters()}
 
 
-def _reference(subject: Subject, folder: Path, parts: dict[str, Tensor], i: int, kept: dict) -> Reference:
-    reference, prefix = Reference(**kept | {"mask": None}), f"reference/{i}/"
-    name = f"{reference.folder}/mask.safetensors"
-    found = {n.removeprefix(prefix): t for n, t in parts.items() if n.startswith(prefix)}
-    unpacked = {n: _unpacked(t) if t.dtype == torch.uint8 else t for n, t in found.items()}
+def _reference(file: Path, subject: Subject, folder: Path, parts: dict[str, Tensor], i: int, kept: _Kept) -> Reference:
+    reference = Reference(**kept.model_dump(exclude={"mask"}))
+    name, layout = f"{reference.folder}/mask.safetensors", mask_layout(reference)
+    found = {n: parts[f"reference/{i}/{n}"] for n in layout}
+    try:
+        unpacked = {n: _unpacked(t, layout[n][1]) if t.dtype == torch.uint8 else t for n, t in found.items()}
+    except Exception as error:  # whatever a parser runs into in a file that anyone may have made
+        raise InputError(
+            f"{file} holds no readable picture of {reference.folder} ({error}); export it again"
+        ) from error
     save_tensors(folder / name, unpacked, {"stage": "import"})
-    inputs = subject.mask_inputs(reference, kept["mask"])
-    reference.mask = Stage(inputs=inputs, settings=kept["mask"], seed=0, artifacts=hashes(folder, name))
+    inputs = subject.mask_inputs(reference, kept.mask)
+    reference.mask = Stage(inputs=inputs, settings=kept.mask, seed=0, artifacts=hashes(folder, name))
     return reference
 
 
@@ -175,7 +227,11 @@ def _packed(pixels: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
-def _unpacked(data: Tensor) -> Tensor:
+def _unpacked(data: Tensor, shape: tuple[int | None, ...]) -> Tensor:
+    """`_packed` undone. Raises ValueError, before anything is unpacked, for a picture of another shape."""
     with Image.open(io.BytesIO(data.numpy().tobytes()), formats=("PNG",)) as image:
+        size, mode = (shape[-1], shape[-2]), "RGB" if len(shape) == 3 else "L"
+        if image.size != size or image.mode != mode or image.width * image.height > images.MAX_PIXELS:
+            raise ValueError(f"it is {image.mode} of {image.width} x {image.height} pixels")
         array = torch.from_numpy(np.array(image))
     return array.permute(2, 0, 1) if array.ndim == 3 else array

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 
 from p3s_cli import config as settings
 from p3s_cli import methods
@@ -21,9 +22,8 @@ from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import save_tensors
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import Stage, Subject, digest, hashes
+from p3s_cli.subject import CONTROL, Stage, Subject, digest, hashes
 
-CONTROL = "control/control.safetensors"
 _CHECKPOINT = "control/.checkpoint-"
 
 
@@ -82,7 +82,7 @@ def finetune(
     inputs = subject.finetune_inputs(family.fingerprint())
     done = subject.manifest.finetune
     same = done and (done.inputs, done.settings, done.seed) == (inputs, options, seed)
-    if same and not force and subject.intact(done):
+    if done and same and not force and subject.intact(done, CONTROL) and _made(done):
         _remove_checkpoints(subject)
         return _result(subject, recipe.steps, done, True)
     numbers: dict[str, float] = {}
@@ -133,10 +133,27 @@ def _remove_checkpoints(subject: Subject) -> None:
 
 
 def _result(subject: Subject, steps: int, stage: Stage, unchanged: bool) -> FinetuneResult:
-    made, control = stage.result, subject.path(CONTROL)
-    method = stage.settings.get("method", "p3s")
-    kept = made.get("skipped", 0), control, unchanged, method, made.get("memory", "24"), tuple(made.get("warnings", ()))
-    return FinetuneResult(subject.root, steps, made["loss"], *kept)
+    made = _made(stage)
+    assert made is not None
+    kept = subject.path(CONTROL), unchanged, subject.method, made.memory, tuple(made.warnings)
+    return FinetuneResult(subject.root, steps, made.loss, made.skipped, *kept)
+
+
+class _Made(BaseModel):
+    """What a record says of a tuning that is done."""
+
+    loss: float
+    skipped: int = 0
+    memory: str = "24"
+    warnings: list[str] = []
+
+
+def _made(stage: Stage) -> _Made | None:
+    """None for a record that no p3s wrote."""
+    try:
+        return _Made.model_validate(stage.result)
+    except ValidationError:
+        return None
 
 
 def _check_base(family: Family) -> None:

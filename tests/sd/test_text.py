@@ -28,6 +28,11 @@ def test_the_subject_is_never_cut_off(world):
         fits(world.tokenizer, " ".join(["dog"] * (76 - own)) + " [V]")
 
 
+def test_a_book_is_refused_before_it_is_read():
+    with pytest.raises(InputError, match="2,001 characters.*give 2,000 at most"):
+        text.identify("[V] " + "é" * 1997, "sks")
+
+
 @pytest.mark.parametrize("prompt", ["a dog", "", "[v] dog", "a [V dog"])
 def test_a_prompt_without_the_subject_is_refused(prompt):
     with pytest.raises(InputError, match=r"has no \[V\]"):

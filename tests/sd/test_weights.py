@@ -1,6 +1,7 @@
 """What a tensor file must survive before its numbers are believed, and that every schema ever released is read."""
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -104,6 +105,13 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
         save_tensors(tmp_path / "n.safetensors", {"x": torch.tensor([1.0, value])})
         with pytest.raises(InputError, match="x holds numbers that are not finite"):
             load_tensors(tmp_path / "n.safetensors")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for path in (tmp_path, tmp_path / "pipe.safetensors"):
+        with pytest.raises(InputError, match="it is no file"):
+            load_tensors(path)
 
 
 def test_a_pickle_under_another_name_is_not_opened(tmp_path):
