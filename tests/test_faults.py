@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_atomic import file_size_limit
+from test_atomic import file_size_limit, small_disk  # noqa: F401
 
 from p3s_cli import cli, signals, stages
 from p3s_cli.errors import InputError, P3SError
@@ -48,11 +48,18 @@ def contents(root):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_instants_it_ends_with_the_same_bytes():
-    command = [sys.executable, "benchmarks/faults.py", "--kills", "4", "--json"]  # two of the stages, two of eval
+    command = [
+        sys.executable,
+        "benchmarks/faults.py",
+        "--kills",
+        "6",
+        "--json",
+    ]  # each signal to the stages and to eval
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     found = json.loads(out.stdout)
-    assert (found["kills"], found["survived"], found["equal"]) == (4, 4, 4), out.stderr
+    assert (found["kills"], found["survived"], found["equal"]) == (6, 6, 6), out.stderr
+    assert found["in_time"] > 0  # of six random instants one at least lies within the work
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -104,13 +111,67 @@ def test_a_quota_in_mid_run_costs_nothing(subject, tiny_family, tmp_path):
     assert contents(subject) == contents(tmp_path / "other")
 
 
-def test_deterministic_asks_torch_for_it_and_leaves_torch_as_it_was(subject, tiny_family):
+def test_every_stage_is_deterministic_while_it_computes_if_it_is_asked_to_be(photo, tiny_family, tmp_path):
     seen = []
-    heard = {"on_progress": lambda *_: seen.append(torch.are_deterministic_algorithms_enabled())}
-    stages.finetune(subject, steps=1, family=tiny_family, deterministic=True, **heard)
-    stages.generate(subject, PROMPT, n=1, steps=1, family=tiny_family, deterministic=True, **heard)
-    assert seen.count(True) == 2 and not torch.are_deterministic_algorithms_enabled()
-    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+    def heard(what, done, total):
+        seen.append((what.split()[0], torch.are_deterministic_algorithms_enabled()))
+
+    asked = {"family": tiny_family, "deterministic": True, "on_progress": heard}
+    subject = stages.mask(photo, [(18, 32)], [(46, 32)], tmp_path / "thing", "thing", **asked).subject
+    stages.finetune(subject, steps=1, **asked)
+    stages.generate(subject, PROMPT, n=1, steps=1, **asked)
+    assert {("finding", True), ("tuning,", True), ("images", True)} <= set(seen)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def fill(disk, leave):
+    """Take the disk's room but for `leave` bytes; returns the file that has it."""
+    filler = disk / "filler"
+    filler.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - leave)))
+    return filler
+
+
+@pytest.mark.parametrize("room", [0, 20_000, 100_000])
+def test_a_disk_that_fills_up_costs_nothing_at_any_stage(photo, tiny_family, tmp_path, small_disk, room):  # noqa: F811
+    """Really full, at the lock, at the first file or in the middle; with room again the same command goes on."""
+    root, other = small_disk / "thing", tmp_path / "other"
+    work = (
+        lambda d: stages.mask(photo, [(18, 32)], [(46, 32)], d, "thing", family=tiny_family),
+        lambda d: stages.finetune(d, steps=1, family=tiny_family),
+        lambda d: stages.generate(d, PROMPT, n=6, steps=1, size="128x128", family=tiny_family),
+    )
+    refused = 0
+    for stage in work:
+        stage(other)
+        before, filler = contents(root) if root.exists() else {}, fill(small_disk, room)
+        try:
+            stage(root)
+        except P3SError as error:
+            refused += 1
+            assert str(small_disk) in str(error) and "No space left on device" in str(error)
+            now = contents(root) if root.exists() else {}
+            assert before.items() <= now.items()  # and of generate's images those that were whole
+            assert not any("p3s-" in name for name in now)
+        filler.unlink()
+        stage(root)
+    assert contents(root) == contents(other) and refused >= 1
+
+
+def test_no_stage_writes_beside_another_writer(tuned, photo, tiny_family):
+    from p3s_cli.lock import writing
+
+    before = contents(tuned)
+    with writing(tuned, "p3s something"):
+        for stage in (
+            lambda: stages.mask(photo, [(18, 32)], output=tuned, family=tiny_family),
+            lambda: stages.finetune(tuned, steps=2, family=tiny_family),
+            lambda: stages.generate(tuned, PROMPT, n=1, steps=1, family=tiny_family),
+            lambda: stages.export_subject(tuned, tuned.parent / "x.p3s.safetensors", family=tiny_family),
+        ):
+            with pytest.raises(P3SError, match="is being written by p3s something, process"):
+                stage()
+    assert contents(tuned) == before and not (tuned.parent / "x.p3s.safetensors").exists()
 
 
 def test_only_missing_images_are_made_and_they_are_the_same(tuned, tiny_family):
