@@ -67,7 +67,7 @@ HOSTILE = [
     ([*DRAW, "--negative-prompt", NOT_TEXT], "negative prompt .* is not valid Unicode text"),
     ([*DRAW, "--negative-prompt", "x" * 9_999], "the negative prompt has 9,999 characters"),
     ([*DRAW[:-1], "1001"], "cannot take 1001 steps"),
-    ([*DRAW, "-n", "1000000000"], "more images than one call draws"),
+    ([*DRAW, "-n", "1000000000"], "give from 1 to 1000 images"),
     ([*DRAW, "--guidance", "nan"], "nan is no strength"),
     ([*DRAW, "--subject-guidance", "1e400"], "inf is no strength"),
     ([*DRAW, "--lora", "folder.png"], "folder.png holds no adapter_model.safetensors"),
