@@ -62,9 +62,9 @@ class ControlConfig:
     word_lr_scale: float = 20.0  # its learning rate, relative to the rest
     decay: Literal["constant", "cosine"] = "constant"  # of the learning rate; cosine falls to zero over all steps
     timesteps: Timesteps = "cubic"  # cubic: more of the noisy steps, where shape and colour are decided
-    # how far, in latents, states are led from the subject's colours while training, to be mended; the paper has none
-    astray: float = 0.0
+    astray: float = 0.7  # how far states are led from the photo while training, to be mended; the paper has none
     astray_share: float = 0.7  # of the states
+    average: float = 0.98  # decay of the running average of the weights that is kept; 0 keeps the last ones
     drop_text: float = 0.3  # 0.1 in Sec. IV-A; text and injection are dropped independently
     drop_injection: float = 0.1
     augment: Literal["none", "joint", "independent"] = "none"  # geometry of reference and target
@@ -72,7 +72,7 @@ class ControlConfig:
     reference_view: Literal["photo", "close", "centred"] = "centred"
     reference_background: Literal["keep", "remove"] = "remove"
     background_weight: float = 0.0  # of L_LDM outside the subject's mask; 1 is eq. 14 as printed
-    preserve: float = 0.3  # of the distance to the frozen U-Net's own prediction outside the mask; the paper has none
+    preserve: float = 1.0  # of the distance to the frozen U-Net's own prediction outside the mask; the paper has none
     # put behind the training prompts, so that a prompt with a place is nothing new to the control
     contexts: tuple[str, ...] = ("", "in the city", "with a mountain in the background", "on a wooden floor")
 
@@ -92,11 +92,12 @@ class WeightSchedule:
 class MemoryProfile:
     """What is switched so that SD v1-5 in bfloat16 fits a card of that many gigabytes.
 
-    The training figures they follow: 13.8 GB with fp32 Adam, 10.2 with 8-bit Adam, 6.1 with bfloat16
-    masters, checkpointing and the encoders off the card as well.
+    The training figures they follow: 13.8 GB with fp32 Adam and 2.4 for the average, 10.2 with 8-bit Adam,
+    6.1 with bfloat16 masters, checkpointing and the encoders off the card as well.
     """
 
     gigabytes: int
+    average: bool = False  # a running average of what trains, a third copy of it
     optimizer: Optimizer = "adamw"  # adamw8 keeps both moments in 8 bits
     masters: Literal["float32", "bfloat16"] = "float32"  # what trains; bfloat16 is rounded stochastically
     checkpointing: bool = False  # recompute activations in the backward pass
@@ -105,10 +106,10 @@ class MemoryProfile:
 
 
 MEMORY = {
-    "24": MemoryProfile(24),
+    "24": MemoryProfile(24, average=True),
     "16": MemoryProfile(16, images=2),
     "12": MemoryProfile(12, optimizer="adamw8", images=1),
-    "8": MemoryProfile(8, "adamw8", "bfloat16", checkpointing=True, offload=True, images=1),
+    "8": MemoryProfile(8, optimizer="adamw8", masters="bfloat16", checkpointing=True, offload=True, images=1),
 }
 
 
@@ -152,6 +153,7 @@ PAPER_CONTROL = ControlConfig(
     learned_word=False,
     timesteps="uniform",
     astray=0.0,
+    average=0.0,
     augment="none",
     reference_view="photo",
     reference_background="keep",
@@ -188,6 +190,7 @@ _UNSAID = {
     "decay": "constant",
     "timesteps": "uniform",
     "astray": 0.0,
+    "average": 0.0,
     "reference_view": "photo",
     "preserve": 0.0,
 }

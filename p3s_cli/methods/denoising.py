@@ -44,21 +44,21 @@ def diffuse(
 
 
 def astray(
-    x_t: Tensor, noise: Tensor, alpha: Tensor, inside: Tensor, generator: torch.Generator, size: float, share: float
+    x_t: Tensor, noise: Tensor, alpha: Tensor, generator: torch.Generator, size: float, share: float
 ) -> tuple[Tensor, Tensor]:
-    """Lead a share of the states astray inside the mask, by smooth random shifts, with the same x_0 as their target.
+    """Lead a share of the states astray by smooth random shifts, with the same x_0 as their target.
 
     Noised pictures of the subject hold its colours already, so a control trained on those alone believes the
-    state; guided sampling brings it states of other colours, which it has to mend (input perturbation,
-    arXiv:2301.11706, along what sampling errs in). x_t, noise (B, 4, h, w), alpha (B, 1, 1, 1) the cumulative one,
-    inside (B, 1, h, w). `size` is the standard deviation of a channel's shift, as a share of what is weaker in
+    state; guided sampling brings it states of other colours, which it has to mend, and grounds that no photo
+    has, which it has to leave (input perturbation, arXiv:2301.11706, along what sampling errs in). x_t, noise
+    (B, 4, h, w), alpha (B, 1, 1, 1) the cumulative one. `size` is the standard deviation of a channel's shift, as a share of what is weaker in
     x_t, picture or noise. Returns the state and the noise that leads from it to x_0.
     """
     n, channels, *sides = x_t.shape
     patches = F.interpolate(torch.randn(n, channels, 4, 4, generator=generator), size=sides, mode="bilinear")
     shift = torch.randn(n, channels, 1, 1, generator=generator) + _PATCHES * patches
     led = (torch.rand(n, 1, 1, 1, generator=generator) < share).float()
-    shift = torch.minimum(alpha.sqrt(), (1 - alpha).sqrt()) * inside * (size * led * shift).to(x_t.device)
+    shift = torch.minimum(alpha.sqrt(), (1 - alpha).sqrt()) * (size * led * shift).to(x_t.device)
     return x_t + shift, noise + shift / (1 - alpha).sqrt()
 
 

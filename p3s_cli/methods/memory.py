@@ -66,13 +66,13 @@ class Sizes:
         return cls(count(unet), count(control), sum(count(m) for m in encoders), scale)
 
     def finetune(self, memory: MemoryProfile, dtype: torch.dtype, batch: int = 1) -> float:
-        """Bytes that training takes: masters, gradients, moments, frozen weights, activations."""
+        """Bytes that training takes: masters, their average, gradients, moments, frozen weights, activations."""
         master = 4 if memory.masters == "float32" else 2
         moments = 8 if memory.optimizer == "adamw" else 2
         activations = (_CHECKPOINTED if memory.checkpointing else _ACTIVATIONS) * dtype.itemsize / 2
         encoders = 0 if memory.offload else self.encoders
         return (
-            self.control * (2 * master + moments)
+            self.control * ((3 if memory.average else 2) * master + moments)
             + (self.unet + encoders) * dtype.itemsize
             + batch * activations * self.scale
         )

