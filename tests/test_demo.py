@@ -13,7 +13,7 @@ def test_demo_selects_the_subject_that_was_pointed_at(tmp_path):
     assert result.exit_code == 0, result.stderr
     numbers = json.loads(result.stdout)
     assert set(numbers["seconds"]) == {"mask", "finetune", "generate", "total"}
-    # The aim is 6 of 8 and IoU 0.6 on any scene; what is held here is what this scene and these weights reach.
+    # the aim on any scene; this one gave 0.98 and 8 of 8, so that another machine's rounding has room
     assert min(numbers["mask_iou"].values()) >= 0.6
-    assert numbers["selective"]["of"] == 8
+    assert numbers["selective"]["of"] == 8 and numbers["selective"]["right"] >= 6
     assert Path(numbers["sheet"]).is_file()  # how long it takes is for benchmarks/speed.py to say
