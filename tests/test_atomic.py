@@ -104,10 +104,10 @@ def test_a_quota_is_one_sentence_with_path_and_bytes(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of one megabyte; skips where none can be mounted."""
+    """A disk of two megabytes; skips where none can be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     try:
         made = subprocess.run(command, capture_output=True)
     except FileNotFoundError:
