@@ -2,10 +2,12 @@
 
 import json
 import pickle
+import re
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from p3s_cli.errors import InputError
 from p3s_cli.sd.family import load
@@ -59,6 +61,17 @@ def test_damaged_weights_are_refused_by_name(copy, part):
     path = copy / folder / f"{name}.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match=folder):
+        getattr(load(str(copy), "cpu"), part)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_that_lack_a_tensor_are_refused_and_not_filled_with_random_numbers(copy, part):
+    folder, name = PARTS[part]
+    path = copy / folder / f"{name}.safetensors"
+    tensors = load_file(path)
+    lost = sorted(tensors)[-1]
+    save_file({k: v for k, v in tensors.items() if k != lost}, path, {"format": "pt"})
+    with pytest.raises(InputError, match=f"{folder} is no whole .*lacks 1 tensors .{re.escape(lost)}"):
         getattr(load(str(copy), "cpu"), part)
 
 
