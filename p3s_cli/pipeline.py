@@ -3,21 +3,24 @@
     pipe = P3SPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", subject="dog").to("cuda")
     pipe("a [V] dog on the beach", num_inference_steps=30, callback_on_step_end=...).images[0]
 
-Everything but the U-Net's forward pass is StableDiffusionPipeline's own: arguments, callbacks, schedulers,
-LoRAs. Guidance is that of `p3s generate`, with the subject's part apart from the text's.
+Everything but the prompt's encoding and the U-Net's forward pass is StableDiffusionPipeline's own: arguments,
+callbacks, schedulers, LoRAs. Guidance is that of `p3s generate`, with the subject's part apart from the text's.
 """
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from p3s_cli import config as settings
@@ -32,6 +35,15 @@ from p3s_cli.subject import CONTROL, Subject
 
 _SUBJECTS = "subjects"  # inside a saved pipeline's folder
 _MODULES = ("vae", "text_encoder", "tokenizer", "unet")
+# arguments of StableDiffusionPipeline's call that would have no effect here, or half of one
+_NOT_HERE = {
+    "prompt_embeds": "a subject's word is learnt, so that prompts are encoded here; give them as text",
+    "clip_skip": "subjects are tuned on the last layer of the text encoder",
+    "guidance_rescale": "guidance has a part of its own for the subject; lower guidance_scale or subject_guidance",
+    "cross_attention_kwargs": "set a LoRA's strength with set_adapters",
+    "ip_adapter_image": "no other adapter reaches its U-Net",
+    "ip_adapter_image_embeds": "no other adapter reaches its U-Net",
+}
 
 
 class P3SPipeline(StableDiffusionPipeline):
@@ -48,8 +60,13 @@ class P3SPipeline(StableDiffusionPipeline):
         """A base as `--model` names it, and tuned subjects' directories; or a folder of `save_pretrained`.
 
         `kwargs` are components that take the place of the base's (`scheduler=`, `safety_checker=None`).
-        Raises InputError if a subject is not tuned, or was tuned on another base.
+        Raises InputError if a subject is not tuned, or was tuned on another base, and for what is no component.
         """
+        if unknown := sorted(set(kwargs) - set(inspect.signature(cls.__init__).parameters)):
+            raise InputError(
+                f"P3SPipeline.from_pretrained takes components, and {unknown[0]} is none; it finds the base's files as "
+                "p3s does (safetensors, fp16 where there is nothing else), and a revision is part of the name: base@revision"
+            )
         base, inside = str(base), Path(base) / _SUBJECTS
         roots = [subject] if isinstance(subject, (str, Path)) else list(subject or ())
         subjects = [Subject.open(Path(r)) for r in roots or sorted(inside.glob("*"))]
@@ -73,34 +90,43 @@ class P3SPipeline(StableDiffusionPipeline):
 
     def __call__(
         self,
-        prompt: str | list[str],
-        *args: Any,
-        subject_strength: float = 1.0,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        *,
+        subject_strength: float | Sequence[float] = 1.0,
         schedule: str = "quadratic",
         subject_guidance: float | None = None,
         **kwargs: Any,
     ) -> Any:
         """StableDiffusionPipeline's call; `subject_strength` and `schedule` are generate's `strength` and `schedule`.
 
-        `guidance_scale` is s_t and `subject_guidance` s_i of `sd.sample.passes`; the latter defaults to the
-        family's, and other than 1 takes a third pass of the U-Net. Without guidance (a scale of 1 or less) s_t is 1.
+        `subject_strength` is one number, or one for each subject. `guidance_scale` is s_t and `subject_guidance`
+        s_i of `sd.sample.passes`; the latter defaults to the family's, and other than 1 takes a third pass of the
+        U-Net. Without guidance (a scale of 1 or less) s_t is 1.
+        Warns of words that the text encoder does not see. Raises InputError for arguments of `_NOT_HERE`.
         """
+        for name in _NOT_HERE.keys() & kwargs.keys():
+            if not (kwargs[name] is None or isinstance(kwargs[name], (int, float)) and kwargs[name] == 0):
+                raise InputError(f"P3SPipeline takes no {name}: {_NOT_HERE[name]}")
         family, subjects = self._family(), self.__dict__["_p3s"][1]
-        names = [s.manifest.identifier for s in subjects]
-        words = [text.identify(p, *names) for p in ([prompt] if isinstance(prompt, str) else prompt)]
+        words = _words(family, subjects, prompt, kwargs.get("negative_prompt"))
         edge = family.profile.image_size
-        size = kwargs.setdefault("height", edge), kwargs.setdefault("width", edge)
-        config = settings.with_schedule(settings.GenerateConfig(strength=subject_strength, size=size), schedule)
-        unet, strength = self.unet, subject_guidance
+        size = height or edge, width or edge
+        config = settings.with_schedule(settings.GenerateConfig(size=size), schedule)
+        unet, vae, strength = self.unet, self.vae, subject_guidance
         strength = family.profile.subject_guidance if strength is None else strength
-        with P3S().bind_many(family, [_part(s) for s in subjects], config) as generator:
+        with P3S().bind_many(family, _parts(subjects, subject_strength), config) as generator:
             # encoded here, for a subject's word is learnt and no tokenizer knows it
             embeds, empty = (generator.encode(w).to(unet.dtype) for w in (words, [""]))
-            self.__dict__["unet"] = _Controlled(unet, generator.eps, self._scale, strength, empty)
+            controlled = _Controlled(unet, generator.eps, self._scale, strength, empty)
+            self.__dict__.update(unet=controlled, vae=_Decoder(vae))
             try:
-                return super().__call__(None, *args, prompt_embeds=embeds, **kwargs)
+                return super().__call__(None, *size, num_inference_steps, prompt_embeds=embeds, **kwargs)
             finally:
-                self.__dict__["unet"] = unet
+                self.__dict__.update(unet=unet, vae=vae)
+                self.maybe_free_model_hooks()  # of models kept off the device, which these two took no part in
 
     def _scale(self) -> float | None:
         """s_t at this step, which a callback may change; None while guidance is off."""
@@ -121,8 +147,13 @@ class P3SPipeline(StableDiffusionPipeline):
 
     def _family(self) -> Family:
         """The family as it is now: `to`, and components that were replaced, included."""
+        if "_p3s" not in self.__dict__:
+            raise InputError(
+                "this pipeline has no subject; make it with P3SPipeline.from_pretrained(base, subject=...)"
+            )
         family = self.__dict__["_p3s"][0]
-        family.device, family.dtype = str(self.device), self.unet.dtype
+        # where models that are kept off the device are brought to, with enable_model_cpu_offload
+        family.device, family.dtype = str(self._execution_device), self.unet.dtype
         family.__dict__.update({name: getattr(self, name) for name in _MODULES})
         family.vision.clip.to(family.device, family.dtype)
         return family
@@ -157,6 +188,39 @@ class _Controlled(nn.Module):
         return (guided.to(sample.dtype).repeat(halves, 1, 1, 1),)
 
 
-def _part(subject: Subject) -> Part:
-    tensors, metadata = load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
-    return Part(subject, tensors, settings.read_control(metadata["config"]))
+class _Decoder:
+    """A VAE as the pipeline calls it, in its own precision: SD's overflows in fp16 and stays in fp32."""
+
+    def __init__(self, vae: AutoencoderKL):
+        self.config, self._vae = vae.config, vae
+
+    def decode(self, latents: Tensor, **options: Any) -> Any:
+        return self._vae.decode(latents.to(self._vae.dtype), **options)
+
+
+def _words(
+    family: Family, subjects: Sequence[Subject], prompt: str | list[str] | None, negative: str | list[str] | None
+) -> list[str]:
+    """The prompts with the subjects' identifiers in them. Warns of what is cut off."""
+    if prompt is None:
+        raise InputError('P3SPipeline needs a prompt with [V] in it, such as "a [V] dog on the beach"')
+    names = [s.manifest.identifier for s in subjects]
+    words = [text.identify(p, *names) for p in ([prompt] if isinstance(prompt, str) else prompt)]
+    unwanted = negative if isinstance(negative, list) else [negative or ""]
+    for one, against in itertools.zip_longest(words, unwanted, fillvalue=""):
+        for warning in text.check_words(family.tokenizer, one, against, names if one else ()):
+            warnings.warn(warning, stacklevel=3)
+    return words
+
+
+def _parts(subjects: Sequence[Subject], strength: float | Sequence[float]) -> list[Part]:
+    strengths = [strength] * len(subjects) if isinstance(strength, (int, float)) else list(strength)
+    if len(strengths) != len(subjects):
+        raise InputError(
+            f"subject_strength has {len(strengths)} numbers for {len(subjects)} subjects; give one for each"
+        )
+    parts = []
+    for subject, own in zip(subjects, strengths, strict=True):
+        tensors, metadata = load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
+        parts.append(Part(subject, tensors, settings.read_control(metadata["config"]), own))
+    return parts

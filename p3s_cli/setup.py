@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from dataclasses import dataclass
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from p3s_cli.config import MEMORY
 from p3s_cli.errors import InputError
 from p3s_cli.evals.models import MetricModel
 from p3s_cli.evals.protocols import PROTOCOLS
 from p3s_cli.methods import memory
+from p3s_cli.sd import controlnet, hub
 from p3s_cli.sd import family as families
-from p3s_cli.sd import hub
 from p3s_cli.sd import profile as profiles
 from p3s_cli.sd.hub import Part
 
@@ -49,50 +53,94 @@ class Report:
     advice: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A family as the stages name it, with their `--vision`, `--inpainter` and `--control`."""
+
+    model: str = "sd15"
+    vision: str | None = None
+    inpainter: str | None = None
+    control: tuple[str, ...] = ()
+
+    @property
+    def profile(self) -> profiles.Profile:
+        # a tower for masks alone comes beside the family's CLIP, and not in its place
+        pair = None if self.vision in families.TOWERS else self.vision
+        return profiles.find(self.model, pair, self.inpainter)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Of the family, and what was named beside it. Raises InputError for a name that is nothing."""
+        own = [
+            replace(p, optional=p.optional and not (p.name == "inpainter" and self.inpainter))
+            for p in self.profile.parts
+        ]
+        beside = [families.tower(self.vision)] if self.vision in families.TOWERS else []
+        return own + beside + [controlnet.part(n) for n in self.control]
+
+    @property
+    def command(self) -> str:
+        named = (("--vision", self.vision), ("--inpainter", self.inpainter), *(("--control", n) for n in self.control))
+        return " ".join(["p3s fetch", self.model, *(f"{option} {value}" for option, value in named if value)])
+
+
 def doctor(
-    model: str = "sd15", device: str = "auto", dtype: str = "auto", vision: str | None = None, on_progress=None
+    model: str = "sd15",
+    device: str = "auto",
+    dtype: str = "auto",
+    vision: str | None = None,
+    inpainter: str | None = None,
+    control: Sequence[str] | None = None,
+    on_progress=None,
 ) -> Report:
     """What is installed, what would be used, which models are here, what each stage needs, and what to do about it.
 
-    Looks at this machine only; nothing is fetched. Raises InputError for an unknown model, device or dtype.
+    `vision`, `inpainter` and `control` name models as the stages do. Looks at this machine only; nothing is
+    fetched. Raises InputError for an unknown model, device or dtype.
     """
-    family = families.load(model, device, dtype, vision)
-    parts = tuple(_state(p) for p in family.profile.parts)
-    name, chosen = memory.choose("auto", family.profile, family.device, family.dtype)
-    sizes, batch = memory.Sizes.of(family.profile), int(family.profile.finetune["batch"])
+    wanted = Wanted(model, vision, inpainter, tuple(control or ()))
+    profile, device = wanted.profile, families.resolve_device(device)
+    kind = families.resolve_dtype(dtype, device)
+    parts = (*_checkpoint(profile), *(_state(p) for p in wanted.parts))
+    name, chosen = memory.choose("auto", profile, device, kind)
+    sizes, batch = memory.Sizes.of(profile), int(profile.finetune["batch"])
     needs = {
-        "mask": int(sizes.mask(family.dtype)),
-        "finetune": int(sizes.finetune(chosen, family.dtype, batch)),
-        "generate": int(sizes.generate(chosen, family.dtype)),
+        "mask": int(sizes.mask(kind)),
+        "finetune": int(sizes.finetune(chosen, kind, batch)),
+        "generate": int(sizes.generate(chosen, kind)),
     }
-    available = memory.device_memory(family.device)
+    available = memory.device_memory(device)
     return Report(
         versions={"python": platform.python_version()} | {n: _version(n) for n in _LIBRARIES},
-        device=family.device,
+        device=device,
         device_bytes=available,
-        dtype=str(family.dtype).removeprefix("torch."),
+        dtype=str(kind).removeprefix("torch."),
         offline=hub.offline(),
         model=model,
         parts=parts,
         memory=name,
         needs=needs,
-        advice=tuple(_advice(model, family.device, parts, needs, available)),
+        advice=tuple(_advice(wanted, device, parts, needs, available)),
     )
 
 
-def _advice(model: str, device: str, parts: tuple[PartState, ...], needs: dict, available: int | None) -> list[str]:
+def _advice(wanted: Wanted, device: str, parts: tuple[PartState, ...], needs: dict, available: int | None) -> list[str]:
     advice = []
     missing = [p.name for p in parts if p.state == "missing" and p.needed]
     spared = [p.name for p in parts if p.state == "missing" and not p.needed]
     if missing or spared:
         first = "unset HF_HUB_OFFLINE, then run" if hub.offline() else "run"
-        advice.append(f"{first}: p3s fetch {model}   (missing: {', '.join(missing + spared)})")
+        advice.append(f"{first}: {wanted.command}   (missing: {', '.join(missing + spared)})")
     if "inpainter" in spared:
         advice.append("without the inpainter, p3s mask removes look-alikes with the base's own U-Net")
     if "safety_checker" in spared:
         advice.append("without the safety checker, p3s generate needs --no-safety-checker")
+    if device == "cpu" and torch.version.cuda is None and shutil.which("nvidia-smi"):
+        advice.append(
+            "this machine has an NVIDIA card that torch is built without; install torch with CUDA (pytorch.org)"
+        )
     if device == "cpu" and needs["finetune"] > memory.GB:
-        advice.append(f"on a CPU {model} takes hours to tune; use a GPU, or --model world to try things out")
+        advice.append(f"on a CPU {wanted.model} takes hours to tune; use a GPU, or --model world to try things out")
     if available is not None and max(needs.values()) > available:
         worst = max(needs, key=needs.__getitem__)
         advice.append(
@@ -102,8 +150,16 @@ def _advice(model: str, device: str, parts: tuple[PartState, ...], needs: dict, 
     return advice
 
 
-def fetch(model: str = "sd15", vision: str | None = None, on_progress=None) -> list[PartState]:
+def fetch(
+    model: str = "sd15",
+    vision: str | None = None,
+    inpainter: str | None = None,
+    control: Sequence[str] | None = None,
+    on_progress=None,
+) -> list[PartState]:
     """Bring every part of a family, or a protocol's metric models, into the cache.
+
+    `vision`, `inpainter` and `control` (ControlNets) name further models, as the stages do.
 
     Of a family it is checked that each file is what the hub says it is.
 
@@ -113,9 +169,9 @@ def fetch(model: str = "sd15", vision: str | None = None, on_progress=None) -> l
     report = on_progress or (lambda what, done, total: None)
     if model in PROTOCOLS and model not in _FAMILIES:
         return [_fetch_metric(model, key, report) for key in PROTOCOLS[model].models]
-    profile = profiles.find(model, vision)
-    hub.lists(profile.base, "safety_checker", online=True)  # brings the index that says which parts there are
-    parts = sorted(profile.parts, key=lambda p: p.optional)
+    wanted = Wanted(model, vision, inpainter, tuple(control or ()))
+    hub.lists(wanted.profile.base, "safety_checker", online=True)  # brings the index that says which parts there are
+    parts = sorted(wanted.parts, key=lambda p: p.optional)
     states = []
     for i, part in enumerate(parts):
         report(f"fetching and checking {part.name}", i, len(parts))
@@ -168,6 +224,13 @@ def _state(part: Part, state: str | None = None) -> PartState:
     return PartState(
         part.name, part.where, found, size, not part.optional, state or ("present" if found else "missing")
     )
+
+
+def _checkpoint(profile: profiles.Profile) -> list[PartState]:
+    """A single file as a part of its own, for its U-Net, VAE and text encoder have no folders."""
+    file = Path(profile.base)
+    size = file.stat().st_size if profile.single else 0
+    return [PartState("checkpoint", str(file), file, size, True, "present")] if profile.single else []
 
 
 def _version(library: str) -> str:

@@ -1,7 +1,10 @@
 """The diffusers pipeline with a subject in it against our own sampler, and saved and loaded again."""
 
+import numpy as np
 import pytest
+import tiny
 import torch
+from PIL import Image
 
 from p3s_cli import P3SPipeline, stages
 from p3s_cli.config import ControlConfig, GenerateConfig
@@ -79,3 +82,85 @@ def test_it_needs_a_subject_and_a_place_for_it(tuned):
         P3SPipeline.from_pretrained("world")
     with pytest.raises(InputError, match=r"no \[V\]"):
         P3SPipeline.from_pretrained("world", subject=tuned)("a pet")
+
+
+def drawn(pipe, prompt, *size, **options):
+    return pipe(
+        prompt, *size, **({"num_inference_steps": 1, "guidance_scale": 3.0, "output_type": "latent"} | options)
+    ).images
+
+
+@pytest.fixture
+def pipe(tuned):
+    made = P3SPipeline.from_pretrained("world", subject=tuned)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_the_usual_arguments_mean_what_they_mean_in_diffusers(pipe):
+    """Each image of a list of generators is what its generator draws alone; sizes may stand by position."""
+    seeded = [torch.Generator().manual_seed(s) for s in (1, 2)]
+    both = drawn(pipe, "a [V] pet", 96, 160, num_images_per_prompt=2, generator=seeded)
+    assert both.shape == (2, 4, 12, 20)
+    alone = drawn(pipe, ["a [V] pet"], height=96, width=160, generator=torch.Generator().manual_seed(2), clip_skip=None)
+    torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-4)
+    array = drawn(pipe, "a [V] pet", output_type="np", generator=torch.Generator().manual_seed(2), return_dict=True)
+    picture = drawn(
+        pipe, "a [V] pet", output_type="pil", generator=torch.Generator().manual_seed(2), guidance_rescale=0.0
+    )
+    assert array.shape == (1, 128, 128, 3) and picture[0].size == (128, 128)
+    assert abs(array[0] * 255 - np.asarray(picture[0])).max() <= 0.5 + 1e-3  # rounded to whole numbers
+
+
+def test_models_kept_off_the_device_draw_the_same_image_twice(pipe):
+    noise = initial_noise([3], (4, 16, 16))[0]
+    before = drawn(pipe, "a [V] pet", latents=noise)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert all(torch.equal(drawn(pipe, "a [V] pet", latents=noise), before) for _ in range(2))
+
+
+def test_two_subjects_each_with_its_own_strength(pipe, tuned):
+    noise = initial_noise([3], (4, 16, 16))[0]
+    pair = P3SPipeline.from_pretrained("world", subject=[tuned, tuned])
+    pair.set_progress_bar_config(disable=True)
+    prompt = "a [V1] pet and a [V2] pet"
+    one = drawn(pipe, "a [V] pet and a sks pet", latents=noise, subject_strength=0.5)
+    first, second, both = (drawn(pair, prompt, latents=noise, subject_strength=s) for s in ([0.5, 0], (0, 0.5), 0.5))
+    assert torch.equal(first, one) and torch.equal(second, one) and not torch.equal(both, one)
+    with pytest.raises(InputError, match="has 1 numbers for 2 subjects"):
+        drawn(pair, prompt, subject_strength=[0.5])
+
+
+def test_what_would_have_no_effect_is_refused_and_what_is_cut_off_is_said(pipe, tuned):
+    for name, value in (
+        ("prompt_embeds", torch.zeros(1, 77, 128)),
+        ("guidance_rescale", 0.7),
+        ("clip_skip", 1),
+        ("cross_attention_kwargs", {"scale": 0.5}),
+        ("ip_adapter_image", Image.new("RGB", (8, 8))),
+    ):
+        with pytest.raises(InputError, match=f"takes no {name}"):
+            pipe("a [V] pet", **{name: value})
+    with pytest.raises(InputError, match="needs a prompt"):
+        pipe()
+    with pytest.warns(UserWarning, match="the prompt is too long.*beach"):
+        drawn(pipe, "a [V] pet " + "striped " * 90 + "beach")
+    with pytest.warns(UserWarning, match="the negative prompt is too long.*snow"):
+        drawn(pipe, "a [V] pet", negative_prompt="striped " * 90 + "snow")
+    with pytest.raises(InputError, match="lies beyond"):
+        pipe("striped " * 90 + "[V] pet")
+    with pytest.raises(InputError, match="variant is none.*base@revision"):
+        P3SPipeline.from_pretrained("world", subject=tuned, variant="fp16")
+    with pytest.raises(InputError, match="has no subject"):
+        P3SPipeline(**pipe.components, requires_safety_checker=False)("a [V] pet")
+
+
+def test_in_half_precision_the_decoder_stays_in_single(tiny_folder, tiny_family, tmp_path):
+    photo = tiny.photo(tmp_path / "photo.png")
+    stages.mask(photo, [(18, 32)], [(46, 32)], tmp_path / "pet", "pet", family=tiny_family)
+    stages.finetune(tmp_path / "pet", steps=1, family=tiny_family)
+    pipe = P3SPipeline.from_pretrained(tiny_folder, subject=tmp_path / "pet", torch_dtype=torch.float16)
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.unet.dtype, pipe.vae.dtype) == (torch.float16, torch.float32)
+    assert np.isfinite(drawn(pipe, "a [V] pet", output_type="np")).all()
+    assert type(pipe.vae).__name__ == "AutoencoderKL"

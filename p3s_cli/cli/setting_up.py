@@ -7,7 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from p3s_cli.cli.app import app
-from p3s_cli.cli.shared import Device, Dtype, Json, OtherVision, run_stage
+from p3s_cli.cli.shared import Device, Dtype, Json, run_stage
+
+Vision = Annotated[
+    str | None, typer.Option(help="Another CLIP pair than the family's, or dinov2 beside it, as in p3s mask.")
+]
+Inpainter = Annotated[str | None, typer.Option(help="Another inpainting U-Net, as in p3s mask.")]
+Control = Annotated[
+    list[str] | None, typer.Option(help="A ControlNet as in p3s generate: canny, depth, ... or a hub id. Repeatable.")
+]
 
 
 @app.command()
@@ -15,13 +23,16 @@ def doctor(
     model: Annotated[str, typer.Argument(help="Family to look at, as --model names it.")] = "sd15",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    vision: OtherVision = None,
+    vision: Vision = None,
+    inpainter: Inpainter = None,
+    control: Control = None,
     as_json: Json = False,
 ) -> None:
     """What is here, what each stage needs, and what to do about it. Fetches nothing."""
     from p3s_cli import setup
 
-    run_stage(setup.doctor, as_json, _show_report, model=model, device=device, dtype=dtype, vision=vision)
+    named = dict(model=model, vision=vision, inpainter=inpainter, control=control)
+    run_stage(setup.doctor, as_json, _show_report, device=device, dtype=dtype, **named)
 
 
 def _show_report(report: Any) -> list[str]:
@@ -48,10 +59,13 @@ def fetch(
     model: Annotated[
         str, typer.Argument(help="Family to fetch, as --model names it, or a protocol of p3s eval.")
     ] = "sd15",
-    vision: OtherVision = None,
+    vision: Vision = None,
+    inpainter: Inpainter = None,
+    control: Control = None,
     as_json: Json = False,
 ) -> None:
     """Bring a family's models into the cache, and verify them. Or the metric models of a protocol."""
     from p3s_cli import setup
 
-    run_stage(setup.fetch, as_json, lambda parts: [_show_part(p) for p in parts], model=model, vision=vision)
+    named = dict(model=model, vision=vision, inpainter=inpainter, control=control)
+    run_stage(setup.fetch, as_json, lambda parts: [_show_part(p) for p in parts], **named)

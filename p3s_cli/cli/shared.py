@@ -22,7 +22,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing has changed.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="The same bits every time on CUDA too; slower.")]
 SubjectDir = Annotated[Path, typer.Argument(help="Subject directory made by `p3s mask`.")]
-OtherVision = Annotated[str | None, typer.Option(help="Another CLIP pair than the family's: a folder or a hub id.")]
 OtherModel = Annotated[str | None, typer.Option(help="Another base than the one the subject names.")]
 
 

@@ -39,13 +39,18 @@ def check_name(name: str) -> None:
         raise InputError(f"no ControlNet is called {name!r}; use {', '.join(NAMES)}, a folder or a hub id")
 
 
+def part(name: str) -> hub.Part:
+    """The files of a ControlNet by name, folder or hub id. Raises InputError for what is none of these."""
+    check_name(name)
+    return hub.Part(name, NAMES.get(name, name), weights="diffusion_pytorch_model")
+
+
 def load_guide(family: Family, name: str, picture: Image.Image, strength: float, size: tuple[int, int]) -> Guide:
     """A ControlNet by name, folder or hub id, with its picture resized to `size` (height, width) in pixels.
 
     Raises InputError if it cannot be had, or was made for another kind of base.
     """
-    check_name(name)
-    net = hub.from_pretrained(ControlNetModel, NAMES.get(name, name), None, (None, "fp16"), use_safetensors=True)
+    net = hub.load(ControlNetModel, part(name), fetch=f"p3s fetch {family.source} --control {name}")
     ours, theirs = family.unet.config, net.config
     for field in ("cross_attention_dim", "block_out_channels", "layers_per_block"):
         if getattr(ours, field) != getattr(theirs, field):

@@ -8,6 +8,7 @@ What differs between families is data (`profile.py`). Only safetensors are ever 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from p3s_cli.sd.profile import CLASSICAL, Profile
 from p3s_cli.sd.vision import ClipPair, VisionTower
 from p3s_cli.sd.vocabulary import clip_tokenizer
 
-_TOWERS = {"dinov2": "facebook/dinov2-small@ed25f3a31f01632728cabb09d1542f84ab7b0056"}
+TOWERS = {"dinov2": "facebook/dinov2-small@ed25f3a31f01632728cabb09d1542f84ab7b0056"}
 
 for _library in (diffusers, transformers):
     # their notices and progress bars are for their own users; ours read one sentence
@@ -67,26 +68,26 @@ class Family:
     @cached_property
     def scheduler_config(self) -> dict:
         if self.profile.single:
-            return single_file.scheduler_config()
+            return single_file.scheduler_config(Path(self.profile.base))
         return dict(hub.from_pretrained(diffusers.DDIMScheduler, self.profile.base, "scheduler").config)
 
     @cached_property
     def vision(self) -> ClipPair:
-        clip = self._frozen(self._clip_model(self.profile.clip_source))
+        clip = self._frozen(self._clip_model(self.profile.part("clip")))
         tokenizer = hub.from_pretrained(CLIPTokenizer, self.profile.clip_tokenizer)
         return ClipPair(
             clip,
             tokenizer,
-            *_statistics(self.profile.clip_source),
+            *_statistics(self.profile.part("clip")),
             self.profile.feature_layers,
             self.profile.feature_side,
         )
 
-    def _clip_model(self, source: str) -> CLIPModel:
-        kind = hub.from_pretrained(AutoConfig, source, trust_remote_code=False).model_type
+    def _clip_model(self, part: Part) -> CLIPModel:
+        kind = hub.from_pretrained(AutoConfig, part.source, trust_remote_code=False).model_type
         if kind != "clip":
-            raise InputError(f"{source} holds a {kind}, not a CLIP pair; name a CLIP model's folder")
-        return hub.from_pretrained(CLIPModel, source, use_safetensors=True)
+            raise InputError(f"{part.source} holds a {kind}, not a CLIP pair; name a CLIP model's folder")
+        return hub.load(CLIPModel, part)
 
     def mask_tower(self, name: str = "clip") -> VisionTower:
         """What the masks are read from: the family's own CLIP tower, `dinov2`, or any ViT (or CLIP) of transformers.
@@ -95,13 +96,10 @@ class Family:
         """
         if name == "clip":
             return self.vision
-        where = _TOWERS.get(name, name)
-        if not Path(where).is_dir() and not hub.is_id(where):
-            raise InputError(
-                f"no vision tower is called {name!r}; use clip, {', '.join(_TOWERS)}, a folder or a hub id"
-            )
-        model = hub.from_pretrained(AutoModel, where, use_safetensors=True, trust_remote_code=False)
-        return VisionTower(self._frozen(getattr(model, "vision_model", model)), *_statistics(where))
+        part = tower(name)
+        fetch = f"p3s fetch {self.source} --vision {name}"
+        model = hub.load(AutoModel, part, fetch, trust_remote_code=False)
+        return VisionTower(self._frozen(getattr(model, "vision_model", model)), *_statistics(part))
 
     @cached_property
     def inpaint_unet(self) -> UNet2DConditionModel | None:
@@ -118,8 +116,8 @@ class Family:
         try:
             if Path(sibling).suffix == ".safetensors":
                 return self._frozen(single_file.load_part(Path(sibling), "unet"))
-            part = self.profile.part("inpainter")
-            return self._frozen(self._load(UNet2DConditionModel, part))
+            fetch = f"p3s fetch {self.source} --inpainter {sibling}"
+            return self._frozen(hub.load(UNet2DConditionModel, self.profile.part("inpainter"), fetch))
         except InputError:
             if self.inpainter_chosen:
                 raise
@@ -144,7 +142,7 @@ class Family:
             return None
         from transformers import CLIPImageProcessor  # speaks up on import unless told not to, as it is by now
 
-        checker = self._load(StableDiffusionSafetyChecker, self.profile.part("safety_checker"))
+        checker = hub.load(StableDiffusionSafetyChecker, self.profile.part("safety_checker"))
         processor = hub.from_pretrained(CLIPImageProcessor, self.profile.base, "feature_extractor")
         return self._frozen(checker), processor
 
@@ -163,23 +161,21 @@ class Family:
         base = Path(self.profile.base)
         if base.is_file():
             return sha256(base)
-        folder = base if base.is_dir() else hub.snapshot(*hub.split(self.profile.base))
-        if folder is None:
-            raise InputError(f"{self.source} is not on this machine yet; fetch it with: p3s fetch {self.source}")
         digest = hashlib.sha256()
-        for part in ("unet", "vae", "text_encoder"):
-            for file in sorted((folder / part).glob("*")):
-                if file.suffix in {".json", ".safetensors"}:
-                    digest.update(f"{part}/{file.name}:{sha256(file)}\n".encode())
+        for name in ("unet", "vae", "text_encoder"):
+            part = self.profile.part(name)
+            inside = hub.folder(part)
+            if inside is None:
+                raise InputError(f"{part.where} is not on this machine yet; fetch it with: p3s fetch {self.source}")
+            # what else lies there, other precisions and formats, is not loaded and says nothing of the base
+            for file in hub.loaded(inside, part):
+                digest.update(f"{name}/{file.name}:{sha256(file)}\n".encode())
         return digest.hexdigest()
 
     def _base_part(self, kind: Any, name: str) -> Any:
         if self.profile.single:
             return single_file.load_part(Path(self.profile.base), name)
-        return self._load(kind, self.profile.part(name))
-
-    def _load(self, kind: Any, part: Part) -> Any:
-        return hub.from_pretrained(kind, part.source, part.subfolder, part.variants, use_safetensors=True)
+        return hub.load(kind, self.profile.part(name))
 
     def _frozen(self, model: Any) -> Any:
         for name, parameter in model.named_parameters():
@@ -209,6 +205,17 @@ def load(
     return family
 
 
+def tower(name: str) -> Part:
+    """The files of what masks are read from, other than a family's CLIP: `dinov2`, a folder or a hub id.
+
+    Raises InputError for a name that is none of these.
+    """
+    where = TOWERS.get(name, name)
+    if not Path(where).is_dir() and not hub.is_id(where):
+        raise InputError(f"no vision tower is called {name!r}; use clip, {', '.join(TOWERS)}, a folder or a hub id")
+    return Part("masks", where, weights="model", also=("preprocessor_config.json",))
+
+
 def resolve_device(name: str) -> str:
     """`auto` prefers CUDA, then MPS, then the CPU. Raises InputError where the asked one is absent."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -231,14 +238,15 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     return kinds[name]
 
 
-def _statistics(source: str) -> tuple[list[float], list[float]]:
-    """Pixel mean and deviation that a vision tower was trained with."""
-    where, revision = hub.split(source)
-    options = {} if revision is None else {"revision": revision}
+def _statistics(part: Part) -> tuple[list[float], list[float]]:
+    """Pixel mean and deviation that a vision tower, which is here, was trained with."""
+    name, inside = "preprocessor_config.json", hub.folder(part)
+    if inside is not None and not (inside / name).is_file() and not Path(part.source).exists():
+        inside = hub.bring(part)
     try:
-        settings = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(where, **options)[0]
+        settings = json.loads(((inside or Path(part.source)) / name).read_text())
         return settings["image_mean"], settings["image_std"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{where} has no preprocessor_config.json with image_mean and image_std; restore it, or fetch the model again"
+            f"{part.where} has no {name} with image_mean and image_std; restore it, or fetch the model again"
         ) from error

@@ -69,26 +69,18 @@ def offline() -> bool:
 
 
 def from_pretrained(
-    kind: Any, source: str, subfolder: str | None = None, variants: Sequence[str | None] = (None,), **options: Any
+    kind: Any,
+    source: str,
+    subfolder: str | None = None,
+    variants: Sequence[str | None] = (None,),
+    remedy: str = "restore the folder",
+    **options: Any,
 ) -> Any:
     """`kind.from_pretrained` from a folder or the cache, else from the hub, trying each variant of the files.
 
-    Raises InputError that says what is missing or unreadable, and what to do; also for weights that lack a
-    tensor, which the libraries would fill with random numbers.
+    `remedy` is what to do about a folder that cannot be read. Raises InputError that says what is missing or
+    unreadable, and what to do.
     """
-    if options.get("use_safetensors"):
-        model, info = _from_pretrained(kind, source, subfolder, variants, output_loading_info=True, **options)
-        lacking = sorted(key for key in info["missing_keys"] if "pooler." not in key)  # a ViT's own, which is not read
-        if lacking:
-            name = named(split(source)[0], subfolder)
-            raise InputError(f"{name} has no weights for {lacking[0]}; restore it, or give a model of this kind")
-        return model
-    return _from_pretrained(kind, source, subfolder, variants, **options)
-
-
-def _from_pretrained(
-    kind: Any, source: str, subfolder: str | None, variants: Sequence[str | None], **options: Any
-) -> Any:
     where, revision = split(source)
     options |= {n: v for n, v in (("subfolder", subfolder), ("revision", revision)) if v is not None}
     tries = [{"variant": v} if v else {} for v in variants]
@@ -99,16 +91,42 @@ def _from_pretrained(
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as caught:
             error = error or caught
     if Path(where).exists():
+        raise InputError(f"{named(where, subfolder)} cannot be read ({_first_line(error)}); {remedy}") from error
+
+    def get(given: dict) -> Any:
+        return kind.from_pretrained(where, **given, **options)
+
+    return _online(get, tries, named(where, subfolder))
+
+
+def load(kind: Any, part: Part, fetch: str = "p3s fetch", **options: Any) -> Any:
+    """A model from a part's safetensors; by its folder, as the libraries ask the hub even for what they have.
+
+    `fetch` is the command that brings the part. Raises InputError if it cannot be had, or its files lack tensors,
+    which the libraries would draw at random.
+    """
+    inside, here = folder(part), Path(part.source).exists()
+    if inside is None and not here:
+        inside = bring(part, fetch)
+    variants = part.variants if inside is None else (_variant(inside, part),)
+    where = inside or Path(part.source, part.subfolder or "")
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    remedy = "restore the folder" if here else f"run `{fetch}`"
+    model, info = from_pretrained(kind, str(where), None, variants, remedy, **options)
+    # no patch depends on a ViT's pooler, and many a published one comes without
+    missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler."))
+    if missing:
         raise InputError(
-            f"{named(where, subfolder)} cannot be read ({_first_line(error)}); restore the folder"
-        ) from error
-    return _online(lambda given: kind.from_pretrained(where, **given, **options), tries, named(where, subfolder))
+            f"{part.where} is no whole {kind.__name__}: it lacks {len(missing)} tensors ({missing[0]}, ...); "
+            "restore it, or name another"
+        )
+    return model
 
 
-def _online(get: Callable[[dict], Any], tries: Sequence[dict], name: str) -> Any:
+def _online(get: Callable[[dict], Any], tries: Sequence[dict], name: str, fetch: str = "p3s fetch") -> Any:
     sentence = (
         f"{name} is not on this machine and cannot be fetched without a network; "
-        "fetch it with `p3s fetch` where there is one (--model world needs neither)"
+        f"fetch it with `{fetch}` where there is one (--model world needs neither)"
     )
     if offline() or not _reachable():
         raise InputError(sentence)
@@ -159,17 +177,27 @@ def snapshot(repo: str, revision: str | None) -> Path | None:
 
 def weight_files(inside: Path, part: Part) -> list[Path]:
     """The safetensors files of the first variant that is whole; empty if none is."""
-    for variant in part.variants:
-        stem = f"{part.weights}.{variant}" if variant else part.weights
-        single = inside / f"{stem}.safetensors"
-        index = inside / f"{part.weights}.safetensors.index{f'.{variant}' if variant else ''}.json"
-        if single.is_file():
-            return [single]
-        if index.is_file():
-            shards = [inside / n for n in _shards(index)]
-            if shards and all(s.is_file() for s in shards):
-                return shards
-    return []
+    return next((found for v in part.variants if (found := _files_of(inside, part, v))), [])
+
+
+def _variant(inside: Path, part: Part) -> str | None:
+    return next((v for v in part.variants if _files_of(inside, part, v)), None)
+
+
+def _files_of(inside: Path, part: Part, variant: str | None) -> list[Path]:
+    stem = f"{part.weights}.{variant}" if variant else part.weights
+    single = inside / f"{stem}.safetensors"
+    if single.is_file():
+        return [single]
+    index = inside / _index(part.weights, variant)
+    if not index.is_file():
+        return []
+    shards = [inside / n for n in _shards(index)]
+    return shards if all(s.is_file() for s in shards) else []
+
+
+def _index(stem: str | None, variant: str | None) -> str:
+    return f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"
 
 
 def _shards(index: Path) -> list[str]:
@@ -195,7 +223,7 @@ def lists(source: str, component: str, online: bool = False) -> bool:
     return bool((json.loads(index.read_text()).get(component) or [None])[0])
 
 
-def bring(part: Part) -> Path:
+def bring(part: Part, fetch: str = "p3s fetch") -> Path:
     """Fetch a part from the hub into the cache, what is there already excepted. Returns its folder.
 
     Raises InputError where there is no network, or the hub has no such safetensors.
@@ -213,21 +241,26 @@ def bring(part: Part) -> Path:
             raise OSError(f"{repo} has no whole {part.name} in safetensors")
         return found
 
-    return _online(get, [{"variant": v} for v in (part.variants if part.weights else (None,))], part.where)
+    return _online(get, [{"variant": v} for v in (part.variants if part.weights else (None,))], part.where, fetch)
 
 
 def _weight_patterns(stem: str | None, variant: str | None) -> list[str]:
     if stem is None:
         return []
-    if variant:
-        return [f"{stem}.{variant}.safetensors"]
-    return [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors"]
+    whole = f"{stem}.{variant}" if variant else stem
+    return [f"{whole}.safetensors", f"{whole}-*-of-*.safetensors", _index(stem, variant)]
 
 
 def files(inside: Path, part: Part) -> list[Path]:
     """The files of a part that is here: its weights, and what else it asks for."""
     others = [inside / n for n in (*part.any_of, *part.also) if (inside / n).is_file()]
     return others + (weight_files(inside, part) if part.weights else [])
+
+
+def loaded(inside: Path, part: Part) -> list[Path]:
+    """The files that a part is loaded from, by name: its configuration, its weights, and the index of their shards."""
+    found, index = weight_files(inside, part), inside / _index(part.weights, _variant(inside, part))
+    return sorted([inside / "config.json", *found, *([index] if len(found) > 1 else [])])
 
 
 def cached(file: Path) -> bool:

@@ -13,18 +13,27 @@ from typing import Any
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from p3s_cli.errors import InputError
 
 CONFIGS = Path(__file__).parent / "profiles" / "sd15"
 _FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
-_TEXT_PREFIX = "cond_stage_model.transformer.text_model."
+_TEXT_PREFIX = "cond_stage_model.transformer."
 
 
-def scheduler_config() -> dict:
-    """SD v1-5's noise schedule."""
-    return json.loads((CONFIGS / "scheduler" / "scheduler_config.json").read_text())
+def scheduler_config(path: Path) -> dict:
+    """SD v1-5's noise schedule, and what the checkpoint says that its U-Net predicts.
+
+    Two marks of v-prediction are in use: a key `v_pred`, and ModelSpec's metadata. A file without either counts as
+    SD v1-5.
+    """
+    config = json.loads((CONFIGS / "scheduler" / "scheduler_config.json").read_text())
+    with safe_open(path, framework="pt") as file:
+        told = (file.metadata() or {}).get("modelspec.prediction_type", "epsilon")
+        predicts_v = told.startswith("v") or "v_pred" in file.keys()
+    return config | {"prediction_type": "v_prediction" if predicts_v else "epsilon"}
 
 
 def load_part(path: Path, part: str, configs: Path = CONFIGS) -> Any:
@@ -35,12 +44,20 @@ def load_part(path: Path, part: str, configs: Path = CONFIGS) -> Any:
         kind, options = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part], {}
         if part == "unet":  # 4 channels, or 9 of an inpainting model
             options["in_channels"] = _shape(path, _FIRST_CONVOLUTION)[1]
-        return kind.from_single_file(str(path), config=str(configs), subfolder=part, local_files_only=True, **options)
+        model = kind.from_single_file(str(path), config=str(configs), subfolder=part, local_files_only=True, **options)
+        return _whole(model)
     except (SingleFileComponentError, SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"{path} holds no {part} of the SD v1 layout ({reason}); give a full SD v1 checkpoint or a diffusers folder"
         ) from error
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    """Raises KeyError if the file lacked a tensor, which is then on no device."""
+    if missing := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        raise KeyError(f"{len(missing)} tensors are missing, such as {missing[0]}")
+    return model
 
 
 def _shape(path: Path, key: str) -> list[int]:
@@ -51,7 +68,9 @@ def _shape(path: Path, key: str) -> list[int]:
 def _text_encoder(path: Path, configs: Path) -> CLIPTextModel:
     model = CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder"))
     with safe_open(path, framework="pt") as file:
-        found = {k.removeprefix(_TEXT_PREFIX): file.get_tensor(k) for k in file.keys() if k.startswith(_TEXT_PREFIX)}
+        keys = [k for k in file.keys() if k.startswith(_TEXT_PREFIX)]
+        # checkpoints made from an early leak have no `text_model`
+        found = {k.removeprefix(_TEXT_PREFIX).removeprefix("text_model."): file.get_tensor(k) for k in keys}
     own = {k.removeprefix("text_model."): k for k in model.state_dict()}  # transformers before 5.6 keeps the prefix
     found = {own.get(k, k): v for k, v in found.items() if not k.endswith("position_ids")}
     model.load_state_dict(found)

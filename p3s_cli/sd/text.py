@@ -71,6 +71,15 @@ def check_identifier_survives(tokenizer: CLIPTokenizer, prompt: str, identifier:
         )
 
 
+def check_words(tokenizer: CLIPTokenizer, words: str, negative: str, identifiers: Sequence[str]) -> list[str]:
+    """Warnings for what of the prompts the text encoder will not see; InputError if a subject is in it."""
+    check_text("negative prompt", negative)
+    for identifier in identifiers:
+        check_identifier_survives(tokenizer, words, identifier)
+    lost = {"prompt": lost_words(tokenizer, words), "negative prompt": lost_words(tokenizer, negative)}
+    return [f'the {which} is too long; the text encoder does not see "{tail}"' for which, tail in lost.items() if tail]
+
+
 def states(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
     """Text states (B, 77, D), with a gradient if anything in the text encoder asks for one."""
     tokens = tokenizer(

@@ -101,7 +101,7 @@ def generate(
     for one in subjects:
         one.check_control(family.fingerprint())
     order = Order(family, subject, joined, words, _settled(sampling, family, subject), safety_checker)
-    warnings = _check_words(family, words, negative_prompt, identifiers)
+    warnings = text.check_words(family.tokenizer, words, negative_prompt, identifiers)
     seeds = tuple(range(seed, seed + n))
     output = Output(subject, _record(order, prompt), seeds, metadata)
     missing = [s for s in seeds if force or not output.made(s)]
@@ -149,16 +149,6 @@ def _settled(sampling: settings.GenerateConfig, family: Family, subject: Subject
     asked = sampling.guidance, sampling.subject_guidance
     chosen = (d if a is None else a for a, d in zip(asked, (family.profile.guidance, own), strict=True))
     return replace(sampling, **dict(zip(("guidance", "subject_guidance"), chosen, strict=True)))
-
-
-def _check_words(family: Family, words: str, negative: str, identifiers: Sequence[str]) -> list[str]:
-    """Warnings for what of the prompts the text encoder will not see; InputError if a subject is in it."""
-    text.check_text("negative prompt", negative)
-    for identifier in identifiers:
-        text.check_identifier_survives(family.tokenizer, words, identifier)
-    lost = {"prompt": text.lost_words(family.tokenizer, words)}
-    lost["negative prompt"] = text.lost_words(family.tokenizer, negative)
-    return [f'the {which} is too long; the text encoder does not see "{tail}"' for which, tail in lost.items() if tail]
 
 
 def _record(order: Order, prompt: str) -> dict[str, Any]:

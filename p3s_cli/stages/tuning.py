@@ -13,10 +13,11 @@ from pydantic import BaseModel, ValidationError
 
 from p3s_cli import config as settings
 from p3s_cli import methods
-from p3s_cli.errors import InputError, P3SError
+from p3s_cli.errors import P3SError
 from p3s_cli.lock import one_writer
 from p3s_cli.methods.base import Lesson
 from p3s_cli.methods.memory import choose, within
+from p3s_cli.sd.base import check_base
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.train import Checkpoint
@@ -74,7 +75,7 @@ def finetune(
     subject.check_masks()
     report("loading the models", 0, 1)
     family = family or load(model or subject.manifest.model, device, dtype, vision)
-    _check_base(family)
+    check_base(family)
     profile, saving = choose(memory, family.profile, family.device, family.dtype)
     config = settings.FinetuneConfig(control or settings.preset(preset)[1], steps, lr, seed=seed, memory=saving)
     recipe = teacher.recipe(family.profile, config)
@@ -154,12 +155,3 @@ def _made(stage: Stage) -> _Made | None:
         return _Made.model_validate(stage.result)
     except ValidationError:
         return None
-
-
-def _check_base(family: Family) -> None:
-    channels = family.unet.config.in_channels
-    if channels != family.unet.config.out_channels:
-        raise InputError(
-            f"{family.source} is an inpainting model ({channels} channels) and draws nothing of its own; "
-            "tune on its base, and give this one to p3s mask as --inpainter"
-        )

@@ -1,9 +1,12 @@
 """Families by name, and what is said when one cannot be had."""
 
+import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from p3s_cli.errors import InputError
 from p3s_cli.sd.family import load, resolve_device
@@ -44,6 +47,62 @@ def test_a_diffusers_folder_brings_its_own_profile(world):
     family = load(world.profile.base)
     assert family.profile == world.profile
     assert family.fingerprint() == world.fingerprint()
+
+
+def test_half_precision_alone_is_taken_whole_or_in_shards_and_a_pickle_beside_it_is_not(
+    tiny_family, tiny_folder, tmp_path
+):
+    folder = shutil.copytree(tiny_folder, tmp_path / "family")
+    halves = {name: copy.deepcopy(getattr(tiny_family, name)).half() for name in ("unet", "vae", "text_encoder")}
+    for name, model in halves.items():
+        shutil.rmtree(folder / name)
+        small = {} if name == "vae" else {"max_shard_size": "20KB"}
+        model.save_pretrained(folder / name, variant="fp16", **small)
+        for other in ("diffusion_pytorch_model.bin", "pytorch_model.bin"):
+            (folder / name / other).write_bytes(b"never opened")
+    assert len(list((folder / "unet").glob("*.fp16-*-of-*.safetensors"))) > 1
+    family = load(str(folder), "cpu")
+    for name, model in halves.items():
+        loaded = getattr(family, name).state_dict()
+        assert all(torch.equal(loaded[n], t.float()) for n, t in model.state_dict().items()), name
+
+
+def test_the_fingerprint_is_that_of_the_files_in_use(tiny_folder, tmp_path):
+    """A repository cloned whole and one of which p3s fetched its part are the same base."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "family")
+    for other in ("non_ema.safetensors", "fp16.safetensors", "bin"):
+        (folder / f"unet/diffusion_pytorch_model.{other}").write_bytes(b"of no account")
+    own = load(str(tiny_folder), "cpu").fingerprint()
+    assert load(str(folder), "cpu").fingerprint() == own
+    (folder / "vae/config.json").write_text((folder / "vae/config.json").read_text() + " ")
+    assert load(str(folder), "cpu").fingerprint() != own
+
+
+def test_keys_of_older_files_are_those_of_the_same_tensors(tiny_folder, tiny_family, tmp_path):
+    """SD v1-5's text encoder names `text_model` and its safety checker `vision_model` once more than they are saved
+    with today, and both carry position ids."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPTextModel
+
+    from p3s_cli.sd import hub
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(text_config=small, vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=8)
+    )
+    for kind, model, prefix in (
+        (CLIPTextModel, tiny_family.text_encoder, "text_model."),
+        (StableDiffusionSafetyChecker, checker, "vision_model."),
+    ):
+        folder = tmp_path / kind.__name__
+        model.save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        own = "" if prefix == "text_model." else prefix
+        older = {prefix + k if k.startswith(own) else k: v for k, v in tensors.items()}
+        older[f"{prefix}{own}embeddings.position_ids"] = torch.arange(77)[None]
+        save_file(older, folder / "model.safetensors", {"format": "pt"})
+        loaded = hub.load(kind, hub.Part("x", str(folder), weights="model")).state_dict()
+        assert all(torch.equal(loaded[n], t) for n, t in model.state_dict().items())
 
 
 def test_parts_are_frozen_and_the_family_asks_for_the_classical_filler(world):

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 from huggingface_hub import constants
+from PIL import Image
 
 from p3s_cli import setup
 from p3s_cli.errors import InputError
-from p3s_cli.sd import hub, profile
+from p3s_cli.sd import controlnet, hub, profile
 from p3s_cli.sd.family import load
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -33,6 +36,8 @@ def blob_name(file: Path) -> str:
 
 def repository(weights: Path, name: str) -> dict[str, Path]:
     """The files of a made-up repository: the bundled family, or its CLIP pair with a tokenizer beside it."""
+    if "control" in name:
+        return {f.name: f for f in (weights / "control").iterdir()}
     if "clip" in name:
         words = [f for f in (weights / "tokenizer").iterdir()]
         return {n: weights / "clip" / n for n in CLIP} | {f.name: f for f in words}
@@ -138,16 +143,32 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_fetch_brings_a_whole_family_from_a_hub_and_repairs_what_is_damaged(world, tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, Path(world.profile.base)))
+@pytest.fixture
+def weights(world, tmp_path):
+    """What the made-up hub serves: the bundled family, and a ControlNet in shards of half precision."""
+    root = tmp_path / "served"
+    shutil.copytree(world.profile.base, root / "weights")
+    (root / "family.json").write_text("{}")
+    net = ControlNetModel.from_unet(world.unet, conditioning_embedding_out_channels=(8, 8, 16, 16)).half()
+    net.save_pretrained(root / "weights/control", variant="fp16", max_shard_size="5MB")
+    return root / "weights"
+
+
+def test_fetch_brings_a_whole_family_from_a_hub_and_repairs_what_is_damaged(weights, tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, weights))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     script = (
         "import json; from p3s_cli import setup; from p3s_cli.sd import hub, profile\n"
         f"name = 'tiny/world@{COMMIT}'\n"
-        "first = [p.state for p in setup.fetch(name)]\n"
+        f"net = 'tiny/control@{COMMIT}'; named = {{'control': [net]}}\n"
+        "first = [p.state for p in setup.fetch(name, **named)]\n"
         "part = profile.find(name).part('vae'); file = hub.weight_files(hub.folder(part), part)[0].resolve()\n"
         "file.chmod(0o644); file.write_bytes(b'?')\n"
-        "print(json.dumps([first, [p.state for p in setup.fetch(name)], [p.state for p in setup.doctor(name).parts]]))"
+        "second, third = setup.fetch(name, **named), setup.doctor(name, **named).parts\n"
+        "print(json.dumps([first, [p.state for p in second], [p.state for p in third]]))\n"
+        "from p3s_cli.sd import controlnet; from diffusers import ControlNetModel\n"
+        "hub._online = None  # the hub is not asked again\n"
+        "hub.load(ControlNetModel, controlnet.part(net))"
     )
     here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     here |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
@@ -157,3 +178,30 @@ def test_fetch_brings_a_whole_family_from_a_hub_and_repairs_what_is_damaged(worl
     first, second, third = json.loads(out.stdout)
     assert set(first) == {"fetched"} and sorted(set(second)) == ["present", "repaired"] and set(third) == {"present"}
     assert second.count("repaired") == 1
+
+
+def test_what_a_stage_names_is_looked_for_and_the_command_that_brings_it_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    report = setup.doctor("sd15", "cpu", vision="dinov2", inpainter="a/b", control=["canny", "c/d"])
+    parts = {p.name: p for p in report.parts}
+    assert parts["masks"].needed and parts["inpainter"].needed and parts["canny"].needed and parts["c/d"].needed
+    assert parts["masks"].source == "facebook/dinov2-small" and parts["clip"].source == "openai/clip-vit-large-patch14"
+    assert "p3s fetch sd15 --vision dinov2 --inpainter a/b --control canny --control c/d " in report.advice[0]
+    with pytest.raises(InputError, match="no ControlNet is called 'fog'"):
+        setup.fetch("sd15", control=["fog"])
+    with pytest.raises(InputError, match="control_v11p_sd15_canny is not on .* with `p3s fetch world --control canny`"):
+        controlnet.load_guide(load("world", "cpu"), "canny", Image.new("RGB", (8, 8)), 1.0, (64, 64))
+
+
+def test_doctor_sees_a_single_file_and_a_card_that_torch_cannot_use(monkeypatch, tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(b"12345")
+    card = tmp_path / "nvidia-smi"
+    card.write_text("#!/bin/sh\n")
+    card.chmod(0o755)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    unseen = "NVIDIA card that torch is built without"
+    assert not any(unseen in line for line in setup.doctor("world", "cpu").advice)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    report = setup.doctor(str(tmp_path / "m.safetensors"), "cpu")
+    assert (report.parts[0].name, report.parts[0].bytes, report.parts[0].state) == ("checkpoint", 5, "present")
+    assert any(unseen in line for line in report.advice)

@@ -64,6 +64,28 @@ def test_a_file_of_something_else_is_refused_in_one_sentence(tmp_path):
             getattr(family, part)
 
 
+def test_a_file_that_lacks_a_tensor_is_refused_and_not_filled_with_random_numbers(twin, tmp_path):
+    path, configs, _ = twin
+    whole = load_file(path)
+    for part, prefix in (
+        ("unet", "model.diffusion_model.middle_block."),
+        ("vae", "first_stage_model.decoder.mid."),
+        ("text_encoder", "cond_stage_model.transformer.text_model.final_layer_norm."),
+    ):
+        save_file({k: v for k, v in whole.items() if not k.startswith(prefix)}, tmp_path / "m.safetensors")
+        with pytest.raises(InputError, match=f"holds no {part} of the SD v1 layout"):
+            single_file.load_part(tmp_path / "m.safetensors", part, configs)
+
+
+def test_text_keys_of_early_checkpoints_are_known(twin, tmp_path):
+    """A1111 reads them too: `cond_stage_model.transformer.encoder...`, without `text_model`."""
+    path, configs, models = twin
+    early = {k.replace("transformer.text_model.", "transformer."): v for k, v in load_file(path).items()}
+    save_file(early, tmp_path / "early.safetensors")
+    loaded = single_file.load_part(tmp_path / "early.safetensors", "text_encoder", configs).state_dict()
+    assert all(torch.equal(loaded[n], t) for n, t in models["text_encoder"].state_dict().items())
+
+
 def test_nine_input_channels_of_an_inpainting_checkpoint_are_seen_in_the_file(twin, tmp_path):
     path, configs, models = twin
     state = load_file(path)
