@@ -12,8 +12,9 @@ from p3s_cli.errors import InputError, P3SError
 from p3s_cli.paper.points import Selection
 from p3s_cli.sd import images
 from p3s_cli.sd.weights import load_tensors
+from p3s_cli.segment.select import _warnings
 from p3s_cli.stages.clicks import parse_point, resolve_points
-from p3s_cli.stages.reference import Clicks, _check_apart, _degenerate
+from p3s_cli.stages.reference import Clicks, _check_apart, _degenerate, guess_class
 from p3s_cli.subject import Subject
 
 
@@ -236,6 +237,14 @@ def test_empty_masks_are_said():
     )
     assert first == ["the mask of the positive point is empty; put the point in the middle of what it marks"]
     assert "no contrast" in second[0] and "negative point is empty" in second[1]
+
+
+def test_a_mask_of_nothing_still_has_a_class_guessed_and_one_of_everything_is_said(world, pair):
+    noun, score = guess_class(world, pair[0], torch.zeros(128, 128, dtype=torch.bool))
+    assert noun in world.profile.nouns and 0 < score <= 1
+    (said,) = _warnings(np.ones((40, 60), dtype=bool), False, 8.0, 1.0)
+    assert "covers nearly the whole photo" in said
+    assert not _warnings(np.eye(40, 60, dtype=bool) | (np.arange(60) < 20), True, 8.0, 1.0)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(masked, photo, pair, world, monkeypatch):

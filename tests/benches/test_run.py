@@ -106,6 +106,13 @@ def test_a_metric_model_that_is_missing_is_said_before_anything_is_tuned(subject
     assert not (subject / "eval").exists()
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"tune/p3s": {"dog": "long"}}', '{"tune/p3s": {"dog": NaN}}'])
+def test_measured_seconds_that_are_damaged_are_one_sentence(tmp_path, text):
+    (tmp_path / "measured.json").write_text(text)
+    with pytest.raises(InputError, match="measured.json is damaged; remove it"):
+        running._Ledger(tmp_path / "measured.json")
+
+
 def test_two_evaluations_of_one_subject_do_not_mix(subject):
     with writing(subject, "p3s eval"), pytest.raises(P3SError, match="is being written by p3s eval, process"):
         evaluate(subject)
