@@ -117,7 +117,7 @@ def _saving(family: Family, control: P3SControl, memory: MemoryProfile) -> Itera
 
 
 class _Loss:
-    """One training step's loss: eq. 15 on a batch, text and injection dropped independently."""
+    """One training step's loss: eq. 15 on a batch, states led astray, text and injection dropped independently."""
 
     def __init__(
         self, family: Family, subject: Subject, control: P3SControl, bank: Bank, config: ControlConfig, batch: int
