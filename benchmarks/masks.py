@@ -2,6 +2,7 @@
 
     python benchmarks/masks.py                        # the default, group by group, and 20 random clicks a subject
     python benchmarks/masks.py --ablate               # every choice and the alternatives it beat, one row each
+    python benchmarks/masks.py --ablate world         # the same on another set than selective_dev
     python benchmarks/masks.py --unaided              # without negative clicks: how good, and when it warns
     python benchmarks/masks.py --sheet contact.png    # DreamBench photos without truth, to be looked at
 
@@ -142,8 +143,10 @@ def scores(reader: Reader, case: Case) -> dict[str, float]:
 
 
 def ablate(tower: VisionTower, group: list[Case]) -> list[dict]:
-    rows, read = [], {}
+    rows, read, depth = [], {}, tower.model.config.num_hidden_layers
     for choice in CHOICES:
+        if max(choice.layers or (0,)) > depth:
+            continue  # layers that only a deeper tower has
         with made_with(choice, tower) as config:
             cache = read.setdefault((config.recipe, tower.layers, tower.side), {})
             cases_here = group if choice.with_negative else [replace(c, negative=[]) for c in group]
@@ -192,7 +195,7 @@ def sheet(tower: VisionTower, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ablate", action="store_true")
+    parser.add_argument("--ablate", nargs="?", const="selective_dev", choices=list(SETS), metavar="SET")
     parser.add_argument("--every", type=int, default=1, help="only every n-th case of a set, for a first look")
     parser.add_argument("--unaided", action="store_true")
     parser.add_argument("--sheet", type=Path)
@@ -205,7 +208,8 @@ def main() -> None:
     if args.sheet:
         return sheet(photo_tower, args.sheet)
     if args.ablate:
-        rows = ablate(photo_tower, list(cases.selective_dev())[:: args.every])
+        tower = family.vision if args.ablate == "world" else photo_tower
+        rows = ablate(tower, list(SETS[args.ablate]())[:: args.every])
     elif args.unaided:
         towers = {n: family.vision if n == "world" else photo_tower for n in args.sets}
         rows = [
