@@ -1,12 +1,18 @@
 """Single-file checkpoints of the SD v1 layout, on a small twin written by hand in that layout."""
 
+import shutil
+from dataclasses import replace
+from functools import partial
+
 import pytest
+import tiny
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.original_layout import original_layout
+from p3s_cli import P3SPipeline, pipeline, stages
 from p3s_cli.errors import InputError
 from p3s_cli.sd import single_file
 from p3s_cli.sd.family import load
@@ -123,3 +129,34 @@ def test_a_single_file_needs_no_tokenizer_from_elsewhere(tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     family = load(str(path), "cpu")
     assert len(family.tokenizer) == 49_408 and [p.name for p in family.profile.parts if p.name == "tokenizer"] == []
+
+
+def test_the_whole_job_runs_on_a_single_file_and_its_pipeline_is_saved_as_a_folder(tiny_folder, tmp_path, monkeypatch):
+    """A file of the tiny family's models, but for a text encoder that knows all of CLIP's words."""
+    configs = shutil.copytree(tiny_folder, tmp_path / "configs")
+    torch.manual_seed(0)
+    words = CLIPTextConfig.from_pretrained(configs / "text_encoder", vocab_size=49_408)
+    words.save_pretrained(configs / "text_encoder")
+    family = load(str(tiny_folder), "cpu")
+    state = original_layout(family.unet, family.vae, CLIPTextModel(words))
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "base.safetensors")
+    monkeypatch.setattr(single_file, "load_part", partial(single_file.load_part, configs=configs))
+    clip, root = str(tiny_folder / "clip"), tmp_path / "pet"
+
+    def single(*_, **__):
+        own = load(str(tmp_path / "base.safetensors"), "cpu", vision=clip)
+        own.profile = replace(own.profile, image_size=64, inpainter="classical")
+        return own
+
+    stages.mask(tiny.photo(tmp_path / "photo.png"), [(18, 32)], [(46, 32)], root, "pet", family=single())
+    stages.finetune(root, steps=1, memory="24", family=single())
+    made = stages.generate(root, "a [V] pet", n=1, steps=1, memory="24", family=single())
+    assert made.safety == ("no checker",) and made.images[0].is_file()
+
+    monkeypatch.setattr(pipeline, "load", single)
+    pipe = P3SPipeline.from_pretrained(tmp_path / "base.safetensors", subject=root)
+    pipe.save_pretrained(tmp_path / "saved")
+    monkeypatch.undo()
+    again = P3SPipeline.from_pretrained(tmp_path / "saved")
+    options = {"num_inference_steps": 1, "output_type": "latent", "latents": torch.randn(1, 4, 8, 8)}
+    assert torch.equal(*(p("a [V] pet", **options).images for p in (pipe, again)))
