@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from p3s_cli import config as settings
 from p3s_cli.errors import InputError
+from p3s_cli.methods.base import Learnt
 from p3s_cli.methods.binding import Part
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.sample import Eps, guided_noise, passes
-from p3s_cli.sd.weights import load_tensors
-from p3s_cli.subject import CONTROL, Subject
+from p3s_cli.subject import Subject
 
 _SUBJECTS = "subjects"  # inside a saved pipeline's folder
 _MODULES = ("vae", "text_encoder", "tokenizer", "unet")
@@ -219,8 +219,4 @@ def _parts(subjects: Sequence[Subject], strength: float | Sequence[float]) -> li
         raise InputError(
             f"subject_strength has {len(strengths)} numbers for {len(subjects)} subjects; give one for each"
         )
-    parts = []
-    for subject, own in zip(subjects, strengths, strict=True):
-        tensors, metadata = load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
-        parts.append(Part(subject, tensors, settings.read_control(metadata["config"]), own))
-    return parts
+    return [Part.of(Learnt.read(subject), own) for subject, own in zip(subjects, strengths, strict=True)]

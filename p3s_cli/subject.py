@@ -18,16 +18,17 @@ import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from p3s_cli.atomic import committing, read_text, replacing, sha256
-from p3s_cli.errors import InputError, P3SError
+from p3s_cli.errors import InputError, P3SError, first_reason
 
 SCHEMA = 1
 MANIFEST = "subject.json"
 CONTROL = "control/control.safetensors"
+Told = TypeVar("Told", bound=BaseModel)
 _TUNED = ("base", "base_fingerprint")  # settings without which a control is nobody's
 
 
@@ -51,6 +52,13 @@ class Stage(_Strict):
     seed: int
     artifacts: dict[Annotated[str, AfterValidator(_inside)], str]
     result: dict[str, Any] = Field(default_factory=dict)
+
+    def told(self, kind: type[Told]) -> Told | None:
+        """The result as `kind` describes it; None for a record that no p3s wrote."""
+        try:
+            return kind.model_validate(self.result)
+        except ValidationError:
+            return None
 
 
 class Reference(_Strict):
@@ -216,14 +224,6 @@ def read_manifest(path: Path) -> Manifest:
 
 def _parse(text: str) -> Any:
     return json.loads(text, parse_float=_finite, parse_constant=_finite)
-
-
-def first_reason(error: ValueError) -> str:
-    """The first thing that pydantic found, in one line."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors()[0]
-    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
 
 
 def _finite(number: str) -> float:

@@ -13,7 +13,8 @@ from p3s_cli.config import FinetuneConfig, GenerateConfig
 from p3s_cli.sd.family import Family, Profile
 from p3s_cli.sd.sample import Eps
 from p3s_cli.sd.train import Checkpoint, Loss, OnStep, Recipe, train
-from p3s_cli.subject import Subject
+from p3s_cli.sd.weights import load_tensors
+from p3s_cli.subject import CONTROL, Subject
 
 R = TypeVar("R")
 
@@ -55,6 +56,12 @@ class Learnt:
     subject: Subject
     tensors: Mapping[str, Tensor]
     recipe: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, subject: Subject) -> Learnt:
+        """Raises InputError if the subject is not tuned, or its artifact is not the one that tuning wrote."""
+        tensors, metadata = load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
+        return cls(subject, tensors, metadata["config"])
 
 
 class Method(Protocol):

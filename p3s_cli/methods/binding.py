@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from p3s_cli.config import ControlConfig, GenerateConfig
+from p3s_cli.config import ControlConfig, GenerateConfig, read_control
 from p3s_cli.errors import InputError
+from p3s_cli.methods.base import Learnt
 from p3s_cli.methods.conditioning import condition, reference_view
 from p3s_cli.methods.photos import read_photos
 from p3s_cli.paper.injection import Injection
@@ -28,6 +29,10 @@ class Part:
     tensors: Mapping[str, Tensor]
     config: ControlConfig
     strength: float = 1.0
+
+    @classmethod
+    def of(cls, learnt: Learnt, strength: float = 1.0) -> Part:
+        return cls(learnt.subject, learnt.tensors, read_control(learnt.recipe), strength)
 
 
 @dataclass

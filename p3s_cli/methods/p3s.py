@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, MemoryProfile, read_control
+from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, MemoryProfile
 from p3s_cli.methods.base import Generator, Learnt, Lesson, asked, register
 from p3s_cli.methods.binding import Bound, Part
 from p3s_cli.methods.conditioning import Bank
@@ -68,8 +68,7 @@ class P3S:
 
     def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> AbstractContextManager[Generator]:
         """The frozen U-Net under this subject's control; as found on exit."""
-        part = Part(learnt.subject, learnt.tensors, read_control(learnt.recipe))
-        return self.bind_many(family, [part], sampling)
+        return self.bind_many(family, [Part.of(learnt)], sampling)
 
     @contextlib.contextmanager
     def bind_many(self, family: Family, parts: Sequence[Part], sampling: GenerateConfig) -> Iterator[Generator]:
@@ -105,15 +104,12 @@ def _saving(family: Family, control: P3SControl, memory: MemoryProfile) -> Itera
     unets = (family.unet, control.copy) if memory.checkpointing else ()
     for unet in unets:
         unet.enable_gradient_checkpointing()
-    if memory.offload:
-        family.rest()
     try:
-        yield
+        with family.resting() if memory.offload else contextlib.nullcontext():
+            yield
     finally:
         for unet in unets:
             unet.disable_gradient_checkpointing()
-        if memory.offload:
-            family.wake()
 
 
 class _Loss:

@@ -7,9 +7,10 @@ What differs between families is data (`profile.py`). Only safetensors are ever 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from p3s_cli.sd.profile import CLASSICAL, Profile
 from p3s_cli.sd.vision import ClipPair, VisionTower
 from p3s_cli.sd.vocabulary import clip_tokenizer
 
+_ENCODERS = ("text_encoder", "vae", "vision")
 TOWERS = {"dinov2": "facebook/dinov2-small@ed25f3a31f01632728cabb09d1542f84ab7b0056"}
 
 for _library in (diffusers, transformers):
@@ -123,12 +125,14 @@ class Family:
                 raise
             return self.unet
 
-    def rest(self) -> None:
-        """Text encoder, VAE and CLIP off the device, if they have been loaded; `wake` brings them back."""
-        self._move("cpu", ("text_encoder", "vae", "vision"))
-
-    def wake(self, *names: str) -> None:
-        self._move(self.device, names or ("text_encoder", "vae", "vision"))
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Text encoder, VAE and CLIP off the device, if they have been loaded, while the U-Nets work; then back."""
+        self._move("cpu", _ENCODERS)
+        try:
+            yield
+        finally:
+            self._move(self.device, _ENCODERS)
 
     def _move(self, device: str, names: Sequence[str]) -> None:
         for name in names:

@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from p3s_cli.atomic import read_text
-from p3s_cli.errors import InputError
+from p3s_cli.errors import InputError, first_reason
 from p3s_cli.sd import hub
 from p3s_cli.sd.hub import Part
 
@@ -55,7 +55,7 @@ class Profile:
             data = json.loads(read_text(path)) | overrides
             return TypeAdapter(cls).validate_python(data)
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise InputError(f"{path} is not the profile of a family ({_first(error)}); restore it") from error
+            raise InputError(f"{path} is not the profile of a family ({first_reason(error)}); restore it") from error
 
     @property
     def single(self) -> bool:
@@ -105,13 +105,6 @@ class Profile:
 
     def part(self, name: str) -> Part:
         return next(p for p in self.parts if p.name == name)
-
-
-def _first(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)
-    found = error.errors()[0]
-    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
 
 
 def find(model: str, vision: str | None = None, inpainter: str | None = None) -> Profile:

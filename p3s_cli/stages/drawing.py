@@ -18,10 +18,9 @@ from p3s_cli.methods.binding import Part
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.sd import a1111, controlnet, images, lora, safety, sample
 from p3s_cli.sd.family import Family
-from p3s_cli.sd.weights import load_tensors
 from p3s_cli.stages.composition import Composition
 from p3s_cli.stages.progress import Progress
-from p3s_cli.subject import CONTROL, Subject
+from p3s_cli.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def draw(
             if not set(batch) & set(missing):
                 continue
             on_step = _step_report(report, first, len(batch), len(seeds))
-            with _resting(family, memory.offload):
+            with family.resting() if memory.offload else contextlib.nullcontext():
                 latents = _latents(order, generator, texts, batch, guides, on_step)
             decoded = images.decode(family.vae, latents, memory.images)
             finite = torch.isfinite(decoded).flatten(1).all(1)
@@ -128,31 +127,9 @@ def _bound(order: Order) -> AbstractContextManager[Generator]:
     """The subject under the method it was tuned with; several, under P3S."""
     family, subject = order.family, order.subject
     if subject.method == "p3s":
-        parts = [_part(s, strength) for s, strength in ((subject, 1.0), *order.joined.also)]
+        parts = [Part.of(Learnt.read(s), strength) for s, strength in ((subject, 1.0), *order.joined.also)]
         return P3S().bind_many(family, parts, order.sampling)
-    tensors, metadata = _read(subject)
-    return methods.get(subject.method).bind(family, Learnt(subject, tensors, metadata["config"]), order.sampling)
-
-
-def _read(subject: Subject) -> tuple[dict[str, Tensor], dict]:
-    return load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
-
-
-def _part(subject: Subject, strength: float) -> Part:
-    tensors, metadata = _read(subject)
-    return Part(subject, tensors, settings.read_control(metadata["config"]), strength)
-
-
-@contextlib.contextmanager
-def _resting(family: Family, offload: bool) -> Iterator[None]:
-    """The encoders off the device while the U-Nets work, if memory is that short."""
-    if offload:
-        family.rest()
-    try:
-        yield
-    finally:
-        if offload:
-            family.wake()
+    return methods.get(subject.method).bind(family, Learnt.read(subject), order.sampling)
 
 
 def _step_report(report: Progress, first: int, count: int, total: int) -> Callable[[int, int], None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from PIL import Image
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from p3s_cli import config as settings
 from p3s_cli import pictures
@@ -119,7 +119,7 @@ def _is_made(subject: Subject, reference: Reference, stage: Stage) -> bool:
     done = reference.mask
     if not done or (done.inputs, done.settings, done.seed) != (stage.inputs, stage.settings, stage.seed):
         return False
-    return subject.intact(done, reference.mask_file) and _made(done) is not None
+    return subject.intact(done, reference.mask_file) and done.told(_Made) is not None
 
 
 class _Made(BaseModel):
@@ -129,14 +129,6 @@ class _Made(BaseModel):
     confidence: float
     filler: str
     warnings: list[str]
-
-
-def _made(stage: Stage) -> _Made | None:
-    """None for a record that no p3s wrote."""
-    try:
-        return _Made.model_validate(stage.result)
-    except ValidationError:
-        return None
 
 
 def _reference_for(subject: Subject, picture: Image.Image, clicks: work.Clicks) -> Reference:
@@ -168,7 +160,7 @@ def _guess(subject: Subject, family: Family, picture: Image.Image, made: work.Ma
 
 def _result(subject: Subject, reference: Reference, unchanged: bool) -> MaskResult:
     assert reference.mask is not None
-    made = _made(reference.mask)
+    made = reference.mask.told(_Made)
     assert made is not None
     return MaskResult(
         subject=subject.root,

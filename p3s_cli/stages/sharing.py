@@ -18,16 +18,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from p3s_cli import config as settings
-from p3s_cli.errors import InputError
+from p3s_cli.errors import InputError, first_reason
 from p3s_cli.lock import reading, unfinished, writing
 from p3s_cli.methods import lowrank
+from p3s_cli.methods.base import Learnt
 from p3s_cli.methods.photos import mask_tensors
 from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.weights import load_metadata, load_tensors, save_tensors
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import CONTROL, Manifest, Reference, Stage, Subject, first_reason, hashes, mask_layout
+from p3s_cli.subject import CONTROL, Manifest, Reference, Stage, Subject, hashes, mask_layout
 
 FORMAT = 1
 
@@ -75,7 +76,7 @@ def export_subject(
         if subject.method != "p3s":
             raise InputError(f"{subject.root} is tuned by {subject.method}; only what p3s learnt is exported")
         report("factorising", 0, 1)
-        tensors, _ = load_tensors(subject.path(CONTROL), sha=tuned.artifacts[CONTROL])
+        tensors = Learnt.read(subject).tensors
         masks = [mask_tensors(subject, reference) for reference in subject.manifest.references]
     parts = dict(tensors) if full else lowrank.split(tensors, family.unet, rank)
     error = lowrank.error(tensors, parts, family.unet)

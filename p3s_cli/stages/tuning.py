@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from p3s_cli import config as settings
 from p3s_cli import methods
@@ -83,7 +83,7 @@ def finetune(
     inputs = subject.finetune_inputs(family.fingerprint())
     done = subject.manifest.finetune
     same = done and (done.inputs, done.settings, done.seed) == (inputs, options, seed)
-    if done and same and not force and subject.intact(done, CONTROL) and _made(done):
+    if done and same and not force and subject.intact(done, CONTROL) and done.told(_Made):
         _remove_checkpoints(subject)
         return _result(subject, recipe.steps, done, True)
     numbers: dict[str, float] = {}
@@ -134,7 +134,7 @@ def _remove_checkpoints(subject: Subject) -> None:
 
 
 def _result(subject: Subject, steps: int, stage: Stage, unchanged: bool) -> FinetuneResult:
-    made = _made(stage)
+    made = stage.told(_Made)
     assert made is not None
     kept = subject.path(CONTROL), unchanged, subject.method, made.memory, tuple(made.warnings)
     return FinetuneResult(subject.root, steps, made.loss, made.skipped, *kept)
@@ -147,11 +147,3 @@ class _Made(BaseModel):
     skipped: int = 0
     memory: str = "24"
     warnings: list[str] = []
-
-
-def _made(stage: Stage) -> _Made | None:
-    """None for a record that no p3s wrote."""
-    try:
-        return _Made.model_validate(stage.result)
-    except ValidationError:
-        return None
