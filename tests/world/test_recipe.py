@@ -1,4 +1,4 @@
-"""What the text tower of `world` has to name, spelt out on one caption."""
+"""What the text tower of `world` has to name, spelt out on one caption; the family taken up again as it was left."""
 
 from pathlib import Path
 
@@ -6,8 +6,11 @@ import torch
 from transformers import CLIPTokenizer
 
 import p3s_cli
+from p3s_cli.sd.weights import load_tensors
 from p3s_cli.world.models import build_unet
+from p3s_cli.world.recipe.export import stage_export, stage_reopen
 from p3s_cli.world.recipe.words import carry, phrases
+from p3s_cli.world.recipe.workshop import Workshop
 
 WEIGHTS = Path(p3s_cli.__file__).parent / "world" / "weights"
 
@@ -41,3 +44,14 @@ def test_a_unet_is_carried_from_one_text_tower_to_another():
         carry(unet, former, present)
         after = unet(x, t, present[:1]).sample
     assert (after - before).abs().max() < 1e-3 * before.abs().max()
+
+
+def test_the_committed_family_is_exported_as_it_was_reopened(tmp_path: Path):
+    shop = Workshop(tmp_path, "cpu", seed=0, scenes=0, steps=None, until=None, compiled=False)
+    stage_reopen(shop)
+    stage_export(shop)
+    committed = sorted(p.relative_to(WEIGHTS) for p in WEIGHTS.rglob("*.safetensors"))
+    assert committed == sorted(p.relative_to(tmp_path / "export") for p in tmp_path.glob("export/**/*.safetensors"))
+    for name in committed:
+        theirs, ours = load_tensors(WEIGHTS / name)[0], load_tensors(tmp_path / "export" / name)[0]
+        assert all(torch.equal(ours[k], t) for k, t in theirs.items()) and len(ours) == len(theirs)

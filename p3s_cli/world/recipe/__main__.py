@@ -2,6 +2,7 @@
 
     python -m p3s_cli.world.recipe vae --work runs/world          # one stage
     python -m p3s_cli.world.recipe all --work runs/world --device cuda
+    python -m p3s_cli.world.recipe reopen --work runs/more        # the committed family, to train it further
 
 Every stage resumes from its checkpoint, so `--until` cuts a long run into pieces. Scenes are drawn
 on the training device. Training scenes have seeds below 10,000,000; held-out ones start there.
@@ -17,8 +18,14 @@ import torch
 
 from p3s_cli.world.recipe.autoencoder import stage_vae
 from p3s_cli.world.recipe.contrast import stage_clip, stage_tokenizer, stage_vision, stage_vision_long
-from p3s_cli.world.recipe.denoiser import stage_unet, stage_unet_detail, stage_unet_long, stage_unet_pattern
-from p3s_cli.world.recipe.export import stage_export
+from p3s_cli.world.recipe.denoiser import (
+    stage_unet,
+    stage_unet_apart,
+    stage_unet_detail,
+    stage_unet_long,
+    stage_unet_pattern,
+)
+from p3s_cli.world.recipe.export import stage_export, stage_reopen
 from p3s_cli.world.recipe.readers import stage_identity, stage_labels
 from p3s_cli.world.recipe.words import stage_words
 from p3s_cli.world.recipe.workshop import SCENES, Workshop
@@ -34,6 +41,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "unet_long": stage_unet_long,
     "unet_detail": stage_unet_detail,
     "unet_pattern": stage_unet_pattern,
+    "unet_apart": stage_unet_apart,
     "labels": stage_labels,
     "identity": stage_identity,
     "export": stage_export,
@@ -42,7 +50,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=[*STAGES, "all"])
+    parser.add_argument("stage", choices=[*STAGES, "all", "reopen"])
     parser.add_argument("--work", type=Path, default=Path("runs/world"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -54,6 +62,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     shop = Workshop(args.work, args.device, args.seed, args.scenes, args.steps, args.until, args.compile)
+    if args.stage == "reopen":
+        return stage_reopen(shop)
     for stage in STAGES if args.stage == "all" else [args.stage]:
         STAGES[stage](shop)
 

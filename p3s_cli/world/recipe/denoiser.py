@@ -54,6 +54,15 @@ def stage_unet_pattern(shop: Workshop) -> None:
     _denoise(shop, "unet_pattern", unet, subject_weight=6.0, detail=0.5, alike=0.5)
 
 
+def stage_unet_apart(shop: Workshop) -> None:
+    """A fifth round: as the fourth, for colours and kinds too and for one subject of two, and told apart aloud.
+
+    What four such scenes have in common is most of the loss; here what they differ in counts on its own.
+    """
+    unet = UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device)
+    _denoise(shop, "unet_apart", unet, subject_weight=6.0, detail=0.5, alike=0.5, apart=4.0)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Scaled latents (B, 4, h, w) to be drawn and those that are noised, the share of each pixel that is subject
@@ -96,7 +105,7 @@ class Shelf:
         return Batch(x0, x0, self._inside(index), captions, noise, _timesteps(n, detail, generator))
 
     def draw_alike(self, n: int, generator: torch.Generator) -> Batch:
-        """A `patterns` pool's scenes, all four of each under one noise at one timestep, with all that is to be said;
+        """Scenes of a pool in which four are alike, all four of each under one noise at one timestep, with all that is to be said;
         half of them faded into their mean, by any share."""
         k = len(PATTERNS)
         first = k * torch.randint(len(self.pool.scenes) // k, (n // k,), generator=generator)
@@ -120,13 +129,17 @@ def _denoise(
     subject_weight: float,
     detail: float = 0.0,
     alike: float = 0.0,
+    apart: float = 0.0,
 ) -> None:
-    """Noise prediction with min-SNR weights (arXiv:2303.09556, gamma 5); `alike` is the share of `draw_alike`."""
+    """Noise prediction with min-SNR weights (arXiv:2303.09556, gamma 5).
+
+    `alike` is the share of a batch from `draw_alike`, `apart` the weight of `_between_fours` there.
+    """
     tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     text_model = CLIPModel.from_pretrained(shop.family / "clip").text_model.to(shop.device).eval()
     scheduler = models.build_scheduler()
     shelf = Shelf(shop, shop.pool, "latents")
-    fours = Shelf(shop, shop.patterns, "latents_patterns") if alike else None
+    fours = _fours(shop, bool(apart)) if alike else None
     together = int(alike * BATCH[stage])
     alphas = scheduler.alphas_cumprod.to(shop.device)
     predict = torch.compile(unet) if shop.compiled else unet
@@ -147,10 +160,32 @@ def _denoise(
         snr = alphas[t] / (1 - alphas[t])
         target = noise + snr.sqrt().view(-1, 1, 1, 1) * (noised - x0)  # the noise that leads from x_t to x0
         error = (weight * (eps.float() - target).square()).mean((1, 2, 3)) / weight.mean((1, 2, 3))
-        return (error * snr.clamp(max=5) / snr).mean(), {}
+        value = (error * snr.clamp(max=5) / snr).mean()
+        if not apart:
+            return value, {}
+        wrong = (eps.float() - target) / snr.sqrt().view(-1, 1, 1, 1)  # the error of the clean latents
+        missed, there = (_between_fours(x[-together:], weight[-together:], snr[-together:]) for x in (wrong, x0))
+        return value + apart * missed, {"apart": (missed / there).item()}
 
     shop.fit(stage, unet, loss, weight_decay=0.01, ema=0.999)
     unet.save_pretrained(shop.family / "unet")
+
+
+def _fours(shop: Workshop, apart: bool) -> Shelf:
+    return Shelf(shop, shop.apart, "latents_apart") if apart else Shelf(shop, shop.patterns, "latents_patterns")
+
+
+def _between_fours(latents: Tensor, weight: Tensor, snr: Tensor) -> Tensor:
+    """How far the latents of every four alike scenes are from their mean, squared.
+
+    Of the error this is the part that the word which tells the four apart is to blame for; what makes all of the
+    error least makes this least, too. It counts min(1, sqrt(SNR)): in the error of the noise, what is decided while
+    all is noise hardly counts.
+    """
+    fours = latents.unflatten(0, (-1, len(PATTERNS)))
+    squared = (fours - fours.mean(1, keepdim=True)).flatten(0, 1).square()
+    each = (weight * squared).mean((1, 2, 3)) / weight.mean((1, 2, 3))
+    return (snr.sqrt().clamp(max=1) * each).mean()
 
 
 def _timesteps(n: int, from_middle: float, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""The trained parts as one family folder, small enough to ship."""
+"""The trained parts as one family folder, small enough to ship; and back, to train further."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, ResNetFor
 from p3s_cli.world import models
 from p3s_cli.world.recipe.workshop import Workshop
 from p3s_cli.world.scenes import SIZE
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 def stage_export(shop: Workshop) -> None:
@@ -37,6 +39,20 @@ def stage_export(shop: Workshop) -> None:
     ).save_pretrained(target / "clip")
     models.build_scheduler().save_pretrained(target / "scheduler")
     shop.log("export", {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()})
+
+
+def stage_reopen(shop: Workshop) -> None:
+    """The committed family as the work folder's, in float32: a later round goes on without the run before it."""
+    parts = {
+        "vae": AutoencoderKL,
+        "unet": UNet2DConditionModel,
+        "clip": CLIPModel,
+        "readers/labels": ResNetForImageClassification,
+        "readers/identity": ResNetModel,
+    }
+    for name, kind in parts.items():
+        kind.from_pretrained(WEIGHTS / name).float().save_pretrained(shop.family / name)
+    CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer").save_pretrained(shop.family / "tokenizer")
 
 
 def _forget_place(config: Path) -> None:
