@@ -1,6 +1,6 @@
 """What a low-rank export costs in identity, on the bundled family where the truth can be drawn.
 
-python benchmarks/export.py FOLDER [--subjects 4] [--steps 300] [--images 4] [--sampling-steps 50] [--ranks 4 8 16 48]
+python benchmarks/export.py FOLDER [--subjects 4] [--steps N] [--images 4] [--sampling-steps 50] [--ranks 4 8 16 48]
 
 Identity: mean cosine, by the family's identity encoder, of the images with true renders of the chosen subject. `SD v1-5`:
 the size of a control of this rank at the exact shape of SD v1-5. The widths of `world` are a tenth of SD v1-5's,
@@ -38,7 +38,7 @@ def sd15_shapes() -> dict[str, torch.Size]:
     return {n: p.shape for n, p in control.named_parameters()}
 
 
-def subject(folder: Path, seed: int, steps: int, family: Family) -> tuple[Path, str, torch.Tensor]:
+def subject(folder: Path, seed: int, steps: int | None, family: Family) -> tuple[Path, str, torch.Tensor]:
     """A tuned subject's directory, its class word, and the vectors of true renders of it."""
     scene = lookalike_scene(seed)
     pixels, masks = render([scene])
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--subjects", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, help="default: the family's")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--sampling-steps", type=int, default=50)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16, 48])

@@ -1,9 +1,10 @@
 """Mask, finetune and generate on Stable Diffusion v1-5's exact shape with random weights: times and memory.
 
-python benchmarks/sd15.py FOLDER [--reduced] [--steps 20] [--sampling-steps 20] [--images 4] [--memory auto] [--inpainter classical]
+python benchmarks/sd15.py FOLDER [--layout single] [--reduced] [--steps 20] [--sampling-steps 20] [--images 4]
+                                 [--memory auto] [--inpainter classical] [--device auto] [--dtype auto]
 
 Writes FOLDER/diffusers (a diffusers folder with its CLIP pair) and FOLDER/single.safetensors (the original
-layout) in bfloat16, unless they are there, and prints a table. `--reduced` narrows every model, to see that
+layout) in bfloat16, unless they are there, and prints a table of the stages on the one or the other. `--reduced` narrows every model, to see that
 all runs where no GPU is; its numbers say nothing about SD v1-5. Random weights draw noise; only speed and
 memory mean anything here.
 """
@@ -16,6 +17,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -102,15 +104,20 @@ class Meter:
         return f"| {stage} | {seconds:.1f} | {step} | {peak / 1e9:.2f} |"
 
 
-def measure(root: Path, arguments: argparse.Namespace) -> list[str]:
-    """One row a stage: seconds in all, median milliseconds a step, peak memory."""
-    family = load(str(root), arguments.device, arguments.dtype, inpainter=arguments.inpainter)
-    work = root.parent / "subject"
-    shutil.rmtree(work, ignore_errors=True)
+def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[str]:
+    """One row a stage, as it ends: seconds in all, median milliseconds a step, peak memory."""
+    where = {"device": arguments.device, "dtype": arguments.dtype, "inpainter": arguments.inpainter}
+    if arguments.layout == "single":  # which has no CLIP pair in it
+        family = load(str(folder / "single.safetensors"), vision=str(folder / "diffusers/clip"), **where)
+    else:
+        family = load(str(folder / "diffusers"), **where)
+    work = folder / f"subject-{arguments.layout}"
+    if "mask" in arguments.only:
+        shutil.rmtree(work, ignore_errors=True)
     scene = lookalike_scene(20_000_007)
-    photo = root.parent / "photo.png"
+    photo = folder / "photo.png"
     images.save_png(photo, images.to_pil(render([scene])[0][0]))
-    (left, right), rows = scene.subjects, []
+    left, right = scene.subjects
     runs = {
         "mask": lambda meter: stages.mask(
             photo, [(left.x, left.y)], [(right.x, right.y)], work, "dog", family=family, on_progress=meter
@@ -128,14 +135,13 @@ def measure(root: Path, arguments: argparse.Namespace) -> list[str]:
             on_progress=meter,
         ),
     }
-    for name, run in runs.items():
+    for name, run in ((n, r) for n, r in runs.items() if n in arguments.only):
         meter, start = Meter(), time.perf_counter()
         run(meter)
-        rows.append(meter.row(name, time.perf_counter() - start))
+        yield meter.row(name, time.perf_counter() - start)
     sizes = needs.Sizes.of(family.profile)
-    rows.append(f"\nparameters: U-Net {sizes.unet / 1e6:.1f} M, control {sizes.control / 1e6:.1f} M")
-    rows.append(f"control on disk: {(work / 'control/control.safetensors').stat().st_size / 1e6:.1f} MB")
-    return rows
+    yield f"\nparameters: U-Net {sizes.unet / 1e6:.1f} M, control {sizes.control / 1e6:.1f} M"
+    yield f"control on disk: {(work / 'control/control.safetensors').stat().st_size / 1e6:.1f} MB"
 
 
 def check_single(folder: Path, reduced: bool) -> str:
@@ -151,7 +157,10 @@ def check_single(folder: Path, reduced: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--reduced", action="store_true")
+    parser.add_argument("--layout", choices=("folder", "single"), default="folder", help="what the stages load")
+    stages_ = ("mask", "finetune", "generate")
+    parser.add_argument("--only", nargs="+", choices=stages_, default=stages_, help="after an earlier run's others")
+    parser.add_argument("--reduced", action="store_true", help="narrow models, in a folder")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--images", type=int, default=4)
@@ -160,16 +169,19 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()
-    root = arguments.folder / "diffusers"
-    if not (root / "p3s.json").exists():
+    if arguments.reduced and arguments.layout == "single":
+        parser.error("a single file is read with SD v1-5's own configurations; leave out --reduced or --layout single")
+    if not (arguments.folder / "diffusers/p3s.json").exists():
         write(arguments.folder, arguments.reduced)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"# SD v1-5's shape, random weights{' - REDUCED, not SD v1-5' if arguments.reduced else ''}\n")
     print(
-        f"{where}; torch {torch.__version__}; {arguments.steps} training and {arguments.sampling_steps} sampling steps\n"
+        f"{where}; torch {torch.__version__}; {arguments.steps} training and {arguments.sampling_steps} sampling steps; "
+        f"{arguments.layout}\n"
     )
     print("| stage | seconds | ms a step | peak GB |\n|---|---|---|---|")
-    print("\n".join(measure(root, arguments)))
+    for row in measure(arguments.folder, arguments):
+        print(row, flush=True)
     print(check_single(arguments.folder, arguments.reduced))
     floors = [f"{name} {f['finetune']:g} (finetune), {f['generate']:g} (generate)" for name, f in FLOORS.items()]
     print("floors at the exact shape, ms a step and sample: " + "; ".join(floors))

@@ -4,7 +4,8 @@
     pipe("a [V] dog on the beach", num_inference_steps=30, callback_on_step_end=...).images[0]
 
 Everything but the prompt's encoding and the U-Net's forward pass is StableDiffusionPipeline's own: arguments,
-callbacks, schedulers, LoRAs. Guidance is that of `p3s generate`, with the subject's part apart from the text's.
+callbacks, schedulers, LoRAs; ControlNets are StableDiffusionControlNetPipeline's. Guidance is that of
+`p3s generate`, with the subject's part apart from the text's.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-from torch import Tensor, nn
+from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionPipeline
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 from p3s_cli import config as settings
 from p3s_cli.errors import InputError
 from p3s_cli.methods.base import Learnt
 from p3s_cli.methods.binding import Part
 from p3s_cli.methods.p3s import P3S
+from p3s_cli.sd import controlnet as controls
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family, load
-from p3s_cli.sd.sample import Eps, guided_noise, passes
+from p3s_cli.sd.sample import Control
+from p3s_cli.sd.standins import Autoencoder, GuidedUNet
 from p3s_cli.subject import Subject
 
 _SUBJECTS = "subjects"  # inside a saved pipeline's folder
@@ -43,11 +46,34 @@ _NOT_HERE = {
     "cross_attention_kwargs": "set a LoRA's strength with set_adapters",
     "ip_adapter_image": "no other adapter reaches its U-Net",
     "ip_adapter_image_embeds": "no other adapter reaches its U-Net",
+    "guess_mode": "ControlNets speak with and without the text, as in p3s generate",
 }
 
 
 class P3SPipeline(StableDiffusionPipeline):
     """StableDiffusionPipeline whose prompts know [V] (or [V1], [V2], ... with several subjects)."""
+
+    _optional_components = [*StableDiffusionPipeline._optional_components, "controlnet"]
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        unet: Any,
+        scheduler: Any,
+        safety_checker: Any,
+        feature_extractor: Any,
+        image_encoder: Any = None,
+        requires_safety_checker: bool = True,
+        controlnet: ControlNetModel | Sequence[ControlNetModel] | MultiControlNetModel | None = None,
+    ):
+        """The components themselves, which diffusers reads off this signature; `from_pretrained` finds them."""
+        parts = vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder
+        super().__init__(*parts, requires_safety_checker)
+        self.register_modules(
+            controlnet=MultiControlNetModel(controlnet) if isinstance(controlnet, (list, tuple)) else controlnet
+        )
 
     @classmethod
     def from_pretrained(
@@ -59,8 +85,9 @@ class P3SPipeline(StableDiffusionPipeline):
     ) -> P3SPipeline:
         """A base as `--model` names it, and tuned subjects' directories; or a folder of `save_pretrained`.
 
-        `kwargs` are components that take the place of the base's (`scheduler=`, `safety_checker=None`).
-        Raises InputError if a subject is not tuned, or was tuned on another base, and for what is no component.
+        `kwargs` are components that take the place of the base's (`scheduler=`, `safety_checker=None`), and
+        `controlnet=`: one or several, as modules or by the names that `--control` knows. Raises InputError if a
+        subject is not tuned, or was tuned on another base, and for what is no component.
         """
         if unknown := sorted(set(kwargs) - set(inspect.signature(cls.__init__).parameters)):
             raise InputError(
@@ -81,6 +108,8 @@ class P3SPipeline(StableDiffusionPipeline):
                 one.check_control(family.fingerprint())
         if "safety_checker" not in kwargs and family.safety_checker is not None:
             kwargs["safety_checker"], kwargs["feature_extractor"] = family.safety_checker
+        nets = controls.gathered(family, kwargs.get("controlnet", Path(base) if inside.is_dir() else None))
+        kwargs["controlnet"] = nets[0] if len(nets) == 1 else nets or None
         own = {name: getattr(family, name) for name in _MODULES}
         own["scheduler"] = DDIMScheduler.from_config(family.scheduler_config)
         none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -98,10 +127,17 @@ class P3SPipeline(StableDiffusionPipeline):
         subject_strength: float | Sequence[float] = 1.0,
         schedule: str = "quadratic",
         subject_guidance: float | None = None,
+        references: int = 1,
+        image: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
         **kwargs: Any,
     ) -> Any:
-        """StableDiffusionPipeline's call; `subject_strength` and `schedule` are generate's `strength` and `schedule`.
+        """StableDiffusionPipeline's call; `subject_strength`, `schedule` and `references` are generate's.
 
+        `image` and the three after it are StableDiffusionControlNetPipeline's, for a pipeline with `controlnet=`; the
+        pictures are resized to what is drawn, which has the family's size unless `height` and `width` say another.
         `subject_strength` is one number, or one for each subject. `guidance_scale` is s_t and `subject_guidance`
         s_i of `sd.sample.passes`; the latter defaults to the family's, and other than 1 takes a third pass of the
         U-Net. Without guidance (a scale of 1 or less) s_t is 1.
@@ -114,14 +150,19 @@ class P3SPipeline(StableDiffusionPipeline):
         words = _words(family, subjects, prompt, kwargs.get("negative_prompt"))
         edge = family.profile.image_size
         size = height or edge, width or edge
-        config = settings.with_schedule(settings.GenerateConfig(size=size), schedule)
+        if references < 1:
+            raise InputError("give at least one of each subject's references (references=1)")
+        config = settings.with_schedule(settings.GenerateConfig(size=size, references=references), schedule)
+        spans = controlnet_conditioning_scale, control_guidance_start, control_guidance_end
+        each = kwargs.get("num_images_per_prompt") or 1
+        guides = controls.guides_of(controls.listed(self.controlnet), image, *spans, size, len(words), each)
         unet, vae, strength = self.unet, self.vae, subject_guidance
         strength = family.profile.subject_guidance if strength is None else strength
         with P3S().bind_many(family, _parts(subjects, subject_strength), config) as generator:
             # encoded here, for a subject's word is learnt and no tokenizer knows it
             embeds, empty = (generator.encode(w).to(unet.dtype) for w in (words, [""]))
-            controlled = _Controlled(unet, generator.eps, self._scale, strength, empty)
-            self.__dict__.update(unet=controlled, vae=_Decoder(vae))
+            controlled = GuidedUNet(unet, generator.eps, self._scale, strength, empty, self._control(guides))
+            self.__dict__.update(unet=controlled, vae=Autoencoder(vae))
             try:
                 return super().__call__(None, *size, num_inference_steps, prompt_embeds=embeds, **kwargs)
             finally:
@@ -132,8 +173,12 @@ class P3SPipeline(StableDiffusionPipeline):
         """s_t at this step, which a callback may change; None while guidance is off."""
         return self.guidance_scale if self.do_classifier_free_guidance else None
 
+    def _control(self, guides: Sequence[controls.Guide]) -> Callable[[int], Control | None]:
+        """What the ControlNets add at a step of the trajectory that is being drawn."""
+        return lambda step: controls.speaker([g for g in guides if g.speaks(step, self.num_timesteps)])
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """The base in diffusers' layout, the CLIP pair, and the subjects without their outputs."""
+        """The base in diffusers' layout, ControlNets, the CLIP pair, and the subjects without their outputs."""
         folder, (_, subjects) = Path(save_directory), self.__dict__["_p3s"]
         super().save_pretrained(folder, **kwargs)
         family = self._family()
@@ -157,45 +202,6 @@ class P3SPipeline(StableDiffusionPipeline):
         family.__dict__.update({name: getattr(self, name) for name in _MODULES})
         family.vision.clip.to(family.device, family.dtype)
         return family
-
-
-class _Controlled(nn.Module):
-    """A U-Net as the pipeline calls it, with the subjects inside and guidance already done.
-
-    `scale` tells s_t, None without guidance; `empty` are the states of no text (1, 77, D), for that case.
-    """
-
-    def __init__(
-        self, unet: nn.Module, eps: Eps, scale: Callable[[], float | None], subject_guidance: float, empty: Tensor
-    ):
-        super().__init__()
-        self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
-        self._eps, self._scale, self._subject_guidance, self._empty = eps, scale, subject_guidance, empty
-
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
-        """Under guidance both halves are the guided noise, so that the pipeline's own u + s (t - u) leaves it as it is."""
-        scale = self._scale()
-        halves = 1 if scale is None else 2
-        x = sample.chunk(halves)[-1]
-        empty, text = (
-            encoder_hidden_states.chunk(2)
-            if halves == 2
-            else (self._empty.expand(len(x), -1, -1), encoder_hidden_states)
-        )
-        times = torch.as_tensor(timestep, device=x.device).expand(len(x))
-        s_t = 1.0 if scale is None else scale
-        guided = guided_noise(self._eps, x, times, passes(text, empty, s_t, self._subject_guidance))
-        return (guided.to(sample.dtype).repeat(halves, 1, 1, 1),)
-
-
-class _Decoder:
-    """A VAE as the pipeline calls it, in its own precision: SD's overflows in fp16 and stays in fp32."""
-
-    def __init__(self, vae: AutoencoderKL):
-        self.config, self._vae = vae.config, vae
-
-    def decode(self, latents: Tensor, **options: Any) -> Any:
-        return self._vae.decode(latents.to(self._vae.dtype), **options)
 
 
 def _words(

@@ -58,7 +58,8 @@ class P3SControl(nn.Module):
         Not in the paper. Without it an identifier says nothing, and guidance pulls the subject towards
         what the base makes of its class.
         """
-        return states if self.word is None else states + strength * where[..., None] * self.word.to(states.dtype)
+        # a bool times a float is float32, so the strength comes last
+        return states if self.word is None else states + where[..., None] * self.word.to(states.dtype) * strength
 
     def see(self, latent: Tensor, vision: Tensor) -> Tensor:
         """P3S eq. 4-5: I'' (B, C, h, w) of a reference's latent I' and its vision states c_s (B, M, Dv)."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusers import ControlNetModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 from torch import Tensor
 
@@ -26,11 +30,19 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Guide:
-    """One ControlNet, the picture it reads (1, 3, H, W) in [0, 1], and how strongly it speaks."""
+    """One ControlNet, the pictures it reads, (1, 3, H, W) or one for each image, in [0, 1], and how strongly it speaks.
+
+    `span` is the part of the steps, from 0 to 1, in which it speaks.
+    """
 
     net: ControlNetModel
     picture: Tensor
     strength: float
+    span: tuple[float, float] = (0.0, 1.0)
+
+    def speaks(self, step: int, steps: int) -> bool:
+        """Whether this step lies in the span as a whole, which is diffusers' rule."""
+        return self.span[0] <= step / steps and (step + 1) / steps <= self.span[1]
 
 
 def check_name(name: str) -> None:
@@ -50,7 +62,38 @@ def load_guide(family: Family, name: str, picture: Image.Image, strength: float,
 
     Raises InputError if it cannot be had, or was made for another kind of base.
     """
-    net = hub.load(ControlNetModel, part(name), fetch=f"p3s fetch {family.source} --control {name}")
+    net = load_net(family, name)
+    resized = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return Guide(net, to_tensor(resized)[None].to(family.device, family.dtype), strength)
+
+
+def load_net(family: Family, name: str) -> ControlNetModel:
+    """A ControlNet by name, folder or hub id. Raises InputError if it cannot be had, or fits another kind of base."""
+    return fitted(family, hub.load(ControlNetModel, part(name), f"p3s fetch {family.source} --control {name}"), name)
+
+
+def load_saved(family: Family, folder: Path) -> list[ControlNetModel]:
+    """The ControlNets of a folder of diffusers: `controlnet`, `controlnet_1` and so on, as many as there are."""
+    names = itertools.chain(["controlnet"], (f"controlnet_{i}" for i in itertools.count(1)))
+    found = itertools.takewhile(Path.is_dir, (folder / name for name in names))
+    return [load_net(family, str(one)) for one in found]
+
+
+def gathered(family: Family, given: Any) -> list[ControlNetModel]:
+    """ControlNets as a pipeline is given them: one or several, modules or names, or a saved pipeline's folder (Path)."""
+    if isinstance(given, Path):
+        return load_saved(family, given)
+    asked = list(given) if isinstance(given, (list, tuple)) else listed(given)
+    return [load_net(family, one) if isinstance(one, str) else fitted(family, one) for one in asked]
+
+
+def listed(net: Any) -> list[Any]:
+    """The nets of a pipeline's component, which several share: none, one, or those of a MultiControlNetModel."""
+    return list(net.nets) if isinstance(net, MultiControlNetModel) else [] if net is None else [net]
+
+
+def fitted(family: Family, net: ControlNetModel, name: str = "that was given") -> ControlNetModel:
+    """The net on the family's device, frozen. Raises InputError if it was made for another kind of base."""
     ours, theirs = family.unet.config, net.config
     for field in ("cross_attention_dim", "block_out_channels", "layers_per_block"):
         if getattr(ours, field) != getattr(theirs, field):
@@ -58,9 +101,44 @@ def load_guide(family: Family, name: str, picture: Image.Image, strength: float,
                 f"the ControlNet {name} was made for another base ({field} {getattr(theirs, field)}, "
                 f"here {getattr(ours, field)}); use one that was made for {family.source}"
             )
-    net = net.to(family.device, family.dtype).eval().requires_grad_(False)
-    resized = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    return Guide(net, to_tensor(resized)[None].to(family.device, family.dtype), strength)
+    return net.to(family.device, family.dtype).eval().requires_grad_(False)
+
+
+def guides_of(
+    nets: Sequence[ControlNetModel],
+    image: Any,
+    scale: float | Sequence[float],
+    start: float | Sequence[float],
+    end: float | Sequence[float],
+    size: tuple[int, int],
+    prompts: int,
+    each: int,
+) -> list[Guide]:
+    """The guides that StableDiffusionControlNetPipeline's arguments speak of, `each` images a prompt.
+
+    `image` is a picture (PIL, array or tensor in [0, 1]) or one for each prompt; with several nets, a list of such,
+    one for each net. The numbers are one, or one for each net. Raises InputError where counts disagree.
+    """
+    if nets and image is None:
+        raise InputError("a pipeline with a ControlNet needs the picture it reads; give image=...")
+    if not nets:
+        if image is not None:
+            raise InputError("image= is for a ControlNet; name one in from_pretrained(..., controlnet=...)")
+        return []
+    pictures = [image] if len(nets) == 1 else list(image)
+    numbers = [[n] * len(nets) if isinstance(n, (int, float)) else list(n) for n in (scale, start, end)]
+    if any(len(given) != len(nets) for given in (pictures, *numbers)):
+        raise InputError(f"there are {len(nets)} ControlNets; give each its picture, and one number or one for each")
+    read = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
+    found = []
+    for net, picture, strength, *span in zip(nets, pictures, *numbers, strict=True):
+        tensor = read.preprocess(picture, *size).float()
+        if len(tensor) not in (1, prompts):
+            raise InputError(
+                f"a ControlNet was given {len(tensor)} pictures for {prompts} prompts; give one, or as many"
+            )
+        found.append(Guide(net, tensor.repeat_interleave(each if len(tensor) > 1 else 1, 0), strength, tuple(span)))
+    return found
 
 
 def residuals(guides: Sequence[Guide], x_t: Tensor, t: Tensor, text: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -72,7 +150,7 @@ def residuals(guides: Sequence[Guide], x_t: Tensor, t: Tensor, text: Tensor) -> 
             x_t.to(dtype),
             t,
             text.to(dtype),
-            guide.picture.expand(len(x_t), -1, -1, -1),
+            guide.picture.to(x_t.device, dtype).repeat(len(x_t) // len(guide.picture), 1, 1, 1),
             conditioning_scale=guide.strength,
             return_dict=False,
         )

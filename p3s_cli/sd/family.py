@@ -69,9 +69,15 @@ class Family:
 
     @cached_property
     def scheduler_config(self) -> dict:
+        """The base's noise schedule. Two settings are SD's whatever the file says or leaves out, as in diffusers' pipelines:
+        many a folder was saved under a scheduler that has neither, and DDIM's own would clip latents as if they were pixels.
+        """
         if self.profile.single:
             return single_file.scheduler_config(Path(self.profile.base))
-        return dict(hub.from_pretrained(diffusers.DDIMScheduler, self.profile.base, "scheduler").config)
+        config = dict(hub.from_pretrained(diffusers.DDIMScheduler, self.profile.base, "scheduler").config)
+        ours = {"clip_sample": False, "steps_offset": 1}
+        unsaid = [name for name in config.get("_use_default_values", ()) if name not in ours]
+        return config | ours | {"_use_default_values": unsaid}
 
     @cached_property
     def vision(self) -> ClipPair:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.images import to_pil, to_tensor
 from p3s_cli.sd.pipeline import pipeline
+from p3s_cli.sd.standins import Autoencoder
 
 
 def inpainting_filler(
@@ -26,6 +27,7 @@ def inpainting_filler(
     if unet is None:
         return None
     pipe = pipeline(StableDiffusionInpaintPipeline, family, unet=unet)
+    pipe.__dict__["vae"] = Autoencoder(family.vae)
 
     def fill(image: Tensor, region: Tensor, seed: int) -> Tensor:
         height, width = image.shape[-2:]

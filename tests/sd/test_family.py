@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from p3s_cli.errors import InputError
+from p3s_cli.sd import text
 from p3s_cli.sd.family import load, resolve_device
+from p3s_cli.sd.pipeline import pipeline
+from p3s_cli.sd.sample import build_scheduler, initial_noise, sample
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,33 @@ def test_a_diffusers_folder_brings_its_own_profile(world):
     family = load(world.profile.base)
     assert family.profile == world.profile
     assert family.fingerprint() == world.fingerprint()
+
+
+def test_a_folder_saved_under_another_scheduler_draws_as_in_diffusers(tiny_folder, tiny_family, tmp_path):
+    """Euler's settings have no `clip_sample`; DDIM's own, true, would clip latents. diffusers' pipelines mend both."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "family")
+    shutil.rmtree(folder / "scheduler")
+    known = {n: tiny_family.scheduler_config[n] for n in ("beta_start", "beta_end", "beta_schedule")}
+    EulerDiscreteScheduler(**known).save_pretrained(folder / "scheduler")
+    assert "clip_sample" not in (folder / "scheduler/scheduler_config.json").read_text()
+    family = load(str(folder))
+    theirs = pipeline(
+        StableDiffusionPipeline, family, scheduler=DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    )
+    theirs.set_progress_bar_config(disable=True)
+    noise, states = initial_noise([3], (4, 8, 8))[0], text.encode(family.tokenizer, family.text_encoder, ["a dog", ""])
+    options = {"num_inference_steps": 4, "guidance_scale": 9.0, "latents": noise, "output_type": "latent"}
+    expected = theirs("a dog", **options).images
+    ours = sample(
+        lambda x, t, states, _: family.unet(x, t, states).sample,
+        *states.split(1),
+        build_scheduler("ddim", family.scheduler_config),
+        [3],
+        (4, 8, 8),
+        4,
+        9.0,
+    )
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
 def test_half_precision_alone_is_taken_whole_or_in_shards_and_a_pickle_beside_it_is_not(
