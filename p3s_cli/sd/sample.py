@@ -89,15 +89,34 @@ def passes(text: Tensor, empty: Tensor, guidance: float, subject_guidance: float
     return found
 
 
-def guided_noise(eps: Eps, x: Tensor, t: Tensor, made: Sequence[Pass], control: Control | None = None) -> Tensor:
-    """The noise of `passes`, summed. `control` speaks in every pass, as in diffusers."""
-    total = torch.zeros_like(x)
-    for one in made:
+class Guided:
+    """The noise of `passes`, summed, step by step along one trajectory.
+
+    Where it takes a third term, the pass without the subject is made at every `reuse`-th step and counts as it
+    was in between: it changes little from one step to the next, and its coefficient is small.
+    """
+
+    def __init__(self, eps: Eps, reuse: int = 1):
+        self._eps, self._reuse, self._step, self._kept = eps, reuse, 0, None
+
+    def __call__(self, x: Tensor, t: Tensor, made: Sequence[Pass], control: Control | None = None) -> Tensor:
+        """x (B, 4, h, w), t (B,) -> (B, 4, h, w). `control` speaks in every pass, as in diffusers."""
+        total = torch.zeros_like(x)
+        fresh = self._kept is None or self._step % self._reuse == 0
+        for one in made:
+            third = not one.with_subject and len(made[-1].coefficients) == 2
+            out = self._kept if third and not fresh else self._predict(one, x, t, control)
+            self._kept = out if third else self._kept
+            total = total + sum(
+                c * part for c, part in zip(one.coefficients, out.chunk(len(one.coefficients)), strict=True)
+            )
+        self._step += 1
+        return total
+
+    def _predict(self, one: Pass, x: Tensor, t: Tensor, control: Control | None) -> Tensor:
         n = len(one.coefficients)
         given = x.repeat(n, 1, 1, 1), t.repeat(n), one.states
-        out = eps(*given, one.with_subject, **({"residuals": control(*given)} if control else {}))
-        total = total + sum(c * part for c, part in zip(one.coefficients, out.chunk(n), strict=True))
-    return total
+        return self._eps(*given, one.with_subject, **({"residuals": control(*given)} if control else {}))
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[Tensor, list[torch.Generator]]:
@@ -119,10 +138,11 @@ def sample(
     subject_guidance: float = 1.0,
     on_step: Callable[[int, int], None] | None = None,
     control: Control | None = None,
+    reuse: int = 1,
 ) -> Tensor:
     """Latents (B, *shape), one for each seed, from text states (B, 77, D) and empty-text states (1, 77, D).
 
-    A negative prompt's states may stand in the place of the empty text's. Raises InputError for more steps
+    A negative prompt's states may stand in the place of the empty text's; `reuse` is `Guided`'s. Raises InputError for more steps
     than the scheduler takes.
     """
     device = text.device
@@ -134,12 +154,12 @@ def sample(
     x = noise.to(device) * scheduler.init_noise_sigma
     # made once, so that what depends on the text alone is recognised and computed once
     made = passes(text, empty.expand_as(text), guidance, subject_guidance)
+    guided = Guided(eps, reuse)
     extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for i, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(x, t)
         times = t.to(device).expand(len(x))
-        predicted = guided_noise(eps, scaled, times, made, control)
-        x = scheduler.step(predicted, t, x, return_dict=False, **extra)[0]
+        x = scheduler.step(guided(scaled, times, made, control), t, x, return_dict=False, **extra)[0]
         if on_step:
             on_step(i + 1, len(scheduler.timesteps))
     return x

@@ -12,14 +12,14 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
-from p3s_cli.sd.sample import Control, Eps, guided_noise, passes
+from p3s_cli.sd.sample import Control, Eps, Guided, passes
 
 
 class GuidedUNet(nn.Module):
     """A U-Net as the pipeline calls it, whose noise is `eps`'s, guidance already done.
 
     `scale` tells s_t, None without guidance; `empty` are the states of no text (1, 77, D), for that case;
-    `control` tells what ControlNets add at a step, counted from 0.
+    `control` tells what ControlNets add at a step, counted from 0; `reuse` is that of `Guided`.
     """
 
     def __init__(
@@ -30,10 +30,16 @@ class GuidedUNet(nn.Module):
         subject_guidance: float,
         empty: Tensor,
         control: Callable[[int], Control | None],
+        reuse: int = 1,
     ):
         super().__init__()
         self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
-        self._eps, self._scale, self._subject_guidance, self._empty = eps, scale, subject_guidance, empty
+        self._guided, self._scale, self._subject_guidance, self._empty = (
+            Guided(eps, reuse),
+            scale,
+            subject_guidance,
+            empty,
+        )
         self._control, self._step = control, itertools.count()
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
@@ -49,7 +55,7 @@ class GuidedUNet(nn.Module):
         times = torch.as_tensor(timestep, device=x.device).expand(len(x))
         s_t = 1.0 if scale is None else scale
         made, control = passes(text, empty, s_t, self._subject_guidance), self._control(next(self._step))
-        guided = guided_noise(self._eps, x, times, made, control)
+        guided = self._guided(x, times, made, control)
         return (guided.to(sample.dtype).repeat(halves, 1, 1, 1),)
 
 

@@ -97,6 +97,7 @@ def _latents(
         sampling.subject_guidance,
         on_step,
         controlnet.speaker(guides),
+        sampling.reuse,
     )
 
 

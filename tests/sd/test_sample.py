@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from p3s_cli.errors import InputError
 from p3s_cli.paper.injection import attention_seam
 from p3s_cli.sd import text
-from p3s_cli.sd.sample import SCHEDULERS, build_scheduler, guided_noise, initial_noise, passes, sample
+from p3s_cli.sd.sample import SCHEDULERS, Guided, build_scheduler, initial_noise, passes, sample
 
 
 def toy_eps(calls):
@@ -32,11 +32,24 @@ def toy_eps(calls):
 )
 def test_guidance_is_its_formula_and_runs_only_the_passes_it_needs(s_t, s_i, expected):
     calls, x = [], torch.zeros(1, 4, 2, 2)
-    out = guided_noise(
-        toy_eps(calls), x, torch.tensor([5]), passes(torch.ones(1, 77, 3), torch.zeros(1, 77, 3), s_t, s_i)
-    )
+    made = passes(torch.ones(1, 77, 3), torch.zeros(1, 77, 3), s_t, s_i)
+    out = Guided(toy_eps(calls))(x, torch.tensor([5]), made)
     torch.testing.assert_close(out, torch.full_like(x, 1 + s_i * (10 - 1) + s_t * (100 - 10)))
     assert calls == expected
+
+
+@pytest.mark.parametrize(("s_i", "kept"), [(2.0, True), (7.5, False), (1.0, False)])
+def test_with_reuse_the_third_pass_is_made_at_every_other_step(s_i, kept):
+    """Noise that counts the calls tells which step a term is of: only u of three is an older one."""
+    calls, x = [], torch.zeros(1, 4, 2, 2)
+    made = passes(torch.ones(1, 77, 3), torch.zeros(1, 77, 3), 7.5, s_i)
+    step = 0
+    guided = Guided(lambda x, t, states, with_subject: calls.append(with_subject) or torch.full_like(x, step), reuse=2)
+    for step in range(4):
+        out = guided(x, torch.tensor([5]), made)
+        fresh = step - step % 2 if kept else step
+        torch.testing.assert_close(out, torch.full_like(x, (1 - s_i) * fresh + s_i * step))
+    assert calls.count(False) == (2 if kept else 4 * (s_i != 1)) and calls.count(True) == 4
 
 
 def test_ddim_with_guidance_equals_the_diffusers_pipeline(world):
