@@ -34,7 +34,7 @@ class EvalResult:
 def finish(run: Run, entries: Sequence[Entry], outcome: Outcome, title: str, cases: Sequence[Case] = ()) -> EvalResult:
     """The table, the page and the numbers."""
     how, notes = run.judge.protocol, [*_given(entries), *_budgets(outcome)]
-    page, drawn = run.work / "report.html", run.work / PLOT
+    page, drawn = run.desk / "report.html", run.desk / PLOT
     asked = {case.name: case.subject / "references/00/overlay.png" for case in cases}
     extras = report.Extras(outcome.seconds, notes, drawn if drawn.is_file() else None, asked)
     with replacing(page) as temporary:

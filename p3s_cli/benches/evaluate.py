@@ -9,7 +9,7 @@ from typing import Any
 
 from p3s_cli import methods, stages
 from p3s_cli.atomic import sha256
-from p3s_cli.benches import world
+from p3s_cli.benches import shards, world
 from p3s_cli.benches.cases import Case, Prompt, first_finder, subject_case
 from p3s_cli.benches.ending import PLOT, EvalResult, finish
 from p3s_cli.benches.entries import ablations, choose, rivals
@@ -51,9 +51,10 @@ def evaluate(
     """One of the evaluations below, as the command line names them. Raises InputError for what does not fit together."""
     _refuse(bench, "world", {"--ablate": ablate, "--only": only, "--equal-time": equal_time})
     _refuse(bench, "world", {"--quick": quick, "--strength": strengths})
-    _refuse(bench, "dreambench", {"--subject": subjects, "--shard": shard, "--points": points, "--self-check": check})
+    _refuse(bench, "dreambench", {"--subject": subjects, "--points": points, "--self-check": check})
     _refuse(bench, None, {"--prompt": prompts})
     for unheeded, sentence in (
+        (shard and not bench, "--shard is a part of a benchmark; leave it out here"),
         (output and not bench, "a subject is scored in its own directory; leave out --output"),
         (output and bench == "world" and target, "--bench world got two folders to work in; leave out --output"),
         (protocol and bench == "world", "--bench world is scored by the family's own protocol; leave out --protocol"),
@@ -75,7 +76,9 @@ def evaluate(
             raise InputError("name a subject directory, or a benchmark with --bench world or --bench dreambench PATH")
         return evaluate_subject(target, names, prompts or (), protocol, model=model, **common)
     if bench == "world":
-        choice = dict(names=only if ablate else names, ablate=ablate, quick=quick, strengths=strengths or ())
+        choice = dict(
+            names=only if ablate else names, ablate=ablate, quick=quick, strengths=strengths or (), shard=shard
+        )
         choice |= dict(budgets=("published", "equal") if equal_time else ("published",), model=model or "world")
         return evaluate_world(target or output or _WORLD_WORK, **choice, **common)
     if bench != "dreambench":
@@ -132,6 +135,7 @@ def evaluate_world(
     budgets: Sequence[str] = ("published",),
     quick: bool = False,
     strengths: Sequence[float] = (),
+    shard: str | None = None,
     n: int | None = None,
     seed: int = 0,
     model: str = "world",
@@ -142,7 +146,7 @@ def evaluate_world(
     """Held-out look-alikes of the drawn world, judged by its readers; with `ablate`, the paper's ablations.
 
     Two calibration lines stand beside the methods: true pictures of the chosen subject, and of its look-alike.
-    `n` images of each prompt, 4 or with `quick` 2. `strengths` beside 1 become points of each method's curve in `trade-off.png`.
+    `n` images of each prompt, 4 or with `quick` 2; `shard` i/n takes every n-th scene (`shards.py`). `strengths` beside 1 become points of each method's curve in `trade-off.png`.
     """
     root, family = Path(work), load(model, device, dtype)
     judge = Judge(protocols.protocol(family.profile.protocol), family.folder, family.device)
@@ -153,15 +157,16 @@ def evaluate_world(
         entries = rivals(names or ("p3s",), methods.NAMES, budgets)
     entries += [e.at_strength(s) for e in entries if e.method != "untuned" for s in strengths]
     plan = _QUICK if quick else Plan()
-    with writing(root, "p3s eval"):
-        run = Run(root, family, judge, replace(plan, images=n or plan.images), on_progress or silent)
-        made = world.cases(root / "cases", family, _QUICK_CASES if quick else _WORLD_CASES, seed, quick)
-        for number, case in enumerate(made):
+    numbers = shards.pick(range(_QUICK_CASES if quick else _WORLD_CASES), shard)
+    with writing(shards.desk(root, shard), "p3s eval"):
+        run = Run(root, family, judge, replace(plan, images=n or plan.images), on_progress or silent, shard)
+        made = world.cases(root / "cases", family, numbers, seed, quick)
+        for number, case in zip(numbers, made, strict=True):
             for line, results in world.calibration(case, number, seed, root / "calibration").items():
                 run.score(line, case, results)
         outcome = run.evaluate(entries, made)
         curves = {e.name: (e.label, e.strength) for e in entries}
-        plot.trade_off(root / PLOT, outcome.means, run.judge.protocol, curves, world.CALIBRATION)
+        plot.trade_off(run.desk / PLOT, outcome.means, run.judge.protocol, curves, world.CALIBRATION)
         return finish(run, entries, outcome, "p3s eval --bench world", made)
 
 
@@ -185,13 +190,13 @@ def evaluate_dreambench(
     `points` is a JSON file of clicks by subject; without it each first photo is clicked in the middle.
     """
     sitters = dreambench.read(Path(path), subjects)
-    sitters = dreambench.shard(sitters, shard) if shard else sitters
+    sitters = shards.pick(sitters, shard)
     clicks = _clicks(points, sitters)
     entries = rivals(names or ("p3s",), methods.NAMES, ("published",))
     root, family = Path(work), load(model, device, dtype)
     judge = Judge(protocols.protocol(protocol_name), family.folder, family.device)
-    with writing(root, "p3s eval"):
-        run = Run(root, family, judge, Plan(n or Plan.images, seed), on_progress or silent)
+    with writing(shards.desk(root, shard), "p3s eval"):
+        run = Run(root, family, judge, Plan(n or Plan.images, seed), on_progress or silent, shard)
         made = [_sitting(root / "cases", sitter, at, family) for sitter, at in zip(sitters, clicks, strict=True)]
         return finish(run, entries, run.evaluate(entries, made), "p3s eval --bench dreambench", made)
 

@@ -2,7 +2,7 @@
 
     <work>/<tuning>/<case>/   the case's subject, tuned by an entry, with its images
     <work>/measured.json      what each tuning and each image took when it was made, and steps that fit into a time
-    <work>/scores.jsonl       one row per image and metric
+    <work>/scores.jsonl       one row per image and metric; a shard's are in a folder of its own (`shards.py`)
 
 Everything is found again by what it was made from, so an interrupted run goes on where it stopped.
 """
@@ -20,6 +20,7 @@ from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from p3s_cli import stages
 from p3s_cli.atomic import replacing, sha256
+from p3s_cli.benches import shards
 from p3s_cli.benches.cases import Case
 from p3s_cli.benches.entries import Entry
 from p3s_cli.errors import InputError
@@ -54,12 +55,22 @@ class Outcome:
 
 
 class Run:
-    """One folder of work on one family."""
+    """One folder of work on one family. What it alone writes is on its `desk`; it knows what is on all the others."""
 
-    def __init__(self, work: Path, family: Family, judge: Judge, plan: Plan, report: stages.Progress):
+    def __init__(
+        self,
+        work: Path,
+        family: Family,
+        judge: Judge,
+        plan: Plan,
+        report: stages.Progress,
+        shard: str | None = None,
+    ):
         self.work, self.family, self.judge, self.plan, self.report = work, family, judge, plan, report
-        self.rows = Rows(work / "scores.jsonl")
-        self._ledger = _Ledger(work / "measured.json")
+        self.desk = shards.desk(work, shard)
+        others = [desk for desk in shards.desks(work) if desk != self.desk]
+        self.rows = Rows(self.desk / "scores.jsonl", [desk / "scores.jsonl" for desk in others])
+        self._ledger = _Ledger(self.desk / "measured.json", [desk / "measured.json" for desk in others])
         self._judged: set[tuple[str, ...]] = set()
         judge.load()  # before hours of drawing, not after
 
@@ -119,7 +130,7 @@ class Run:
     def _tuned(self, entry: Entry, case: Case) -> Path:
         directory = self.work / entry.tuning / case.name
         _copy_masked(case.shown(entry.references), directory)
-        steps = entry.steps or self._equal_steps(entry, directory)
+        steps = entry.steps or self._equal_steps(entry, case, directory)
         _ = self.family.unet, self.family.vae, self.family.text_encoder, self.family.vision  # loading is no tuning
         watch = _Watch()
         made = stages.finetune(
@@ -132,17 +143,18 @@ class Run:
     def _budget(self) -> float | None:
         return self._ledger.mean(f"tune/{Entry('p3s').tuning}")
 
-    def _equal_steps(self, entry: Entry, directory: Path) -> int | None:
+    def _equal_steps(self, entry: Entry, case: Case, directory: Path) -> int | None:
         """Steps that take this method as long as P3S took on average, its setup included; None for the published recipe."""
         if entry.budget == "published":
             return None
         budget = self._budget()
         if budget is None:
             raise InputError("equal time is P3S's own, which this run has not measured; let p3s take part, first")
-        known = self._ledger.mean(f"steps/{entry.tuning}")
+        kind = f"steps/{entry.tuning}"
+        known = self._ledger.of(kind, case.name) or self._ledger.mean(kind)
         if known is None:
             known = pace.measure(entry.method, self.family, Subject.open(directory)).steps(budget)
-            self._ledger.add(f"steps/{entry.tuning}", "measured", known)
+        self._ledger.add(kind, case.name, int(known))  # each case's own, for shards measure apart
         return int(known)
 
 
@@ -180,19 +192,14 @@ class _Watch:
 
 
 class _Ledger:
-    """Measured numbers (seconds, steps that fit into them) by kind and name, in a file that a run goes on with."""
+    """Measured numbers (seconds, steps that fit into them) by kind and name, in a file that a run goes on with.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._numbers = self._read() if path.is_file() else {}
+    What is in other files is known, too.
+    """
 
-    def _read(self) -> dict[str, dict[str, float]]:
-        try:
-            return TypeAdapter(dict[str, dict[str, FiniteFloat]]).validate_json(self.path.read_bytes())
-        except ValidationError as error:
-            raise InputError(
-                f"{self.path} is damaged; remove it, and what is made from now on is measured again"
-            ) from error
+    def __init__(self, path: Path, others: Sequence[Path] = ()):
+        self.path, self._numbers = path, _numbers(path)
+        self._known = [self._numbers, *map(_numbers, others)]
 
     def add(self, kind: str, name: str, seconds: float) -> None:
         self._numbers.setdefault(kind, {})[name] = round(seconds, 3)
@@ -200,6 +207,18 @@ class _Ledger:
         with replacing(self.path) as temporary:
             temporary.write_text(json.dumps(self._numbers, indent=1))
 
+    def of(self, kind: str, name: str) -> float | None:
+        return next((found[kind][name] for found in self._known if name in found.get(kind, {})), None)
+
     def mean(self, kind: str) -> float | None:
-        values = self._numbers.get(kind, {}).values()
+        values = [value for found in self._known for value in found.get(kind, {}).values()]
         return sum(values) / len(values) if values else None
+
+
+def _numbers(path: Path) -> dict[str, dict[str, float]]:
+    if not path.is_file():
+        return {}
+    try:
+        return TypeAdapter(dict[str, dict[str, FiniteFloat]]).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(f"{path} is damaged; remove it, and what is made from now on is measured again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -44,10 +45,10 @@ def prompts(category: str) -> tuple[Prompt, ...]:
     return tuple(made)
 
 
-def cases(folder: Path, family: Family, count: int, seed: int = 0, quick: bool = False) -> list[Case]:
-    """Mask `count` held-out scenes of two look-alikes, one click on each; `quick` keeps every third prompt."""
+def cases(folder: Path, family: Family, numbers: Iterable[int], seed: int = 0, quick: bool = False) -> list[Case]:
+    """Mask held-out scenes of two look-alikes, by number, one click on each; `quick` keeps every third prompt."""
     made = []
-    for k in range(count):
+    for k in numbers:
         category = CATEGORIES[k % len(CATEGORIES)]
         number = FIRST_SCENE + 1_000 * seed + k
         scene = lookalike_scene(number, category)

@@ -43,7 +43,12 @@ def evaluate(
         list[str] | None, typer.Option(help="What to draw of a subject, with [V]; default the family's. Repeatable.")
     ] = None,
     subject: Annotated[list[str] | None, typer.Option(help="DreamBench: this subject only. Repeatable.")] = None,
-    shard: Annotated[str | None, typer.Option(help="DreamBench: i/n, every n-th subject from the i-th on.")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="A benchmark's part i/n, every n-th subject; when all parts are done, the same command without --shard has the whole."
+        ),
+    ] = None,
     points: Annotated[Path | None, typer.Option(help="DreamBench: JSON file of clicks by subject.")] = None,
     check: Annotated[
         bool, typer.Option("--self-check", help="DreamBench: real photos against real photos, nothing is drawn.")

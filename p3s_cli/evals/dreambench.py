@@ -56,16 +56,3 @@ def _prompt_lists(text: str) -> tuple[list[str], list[str]]:
             f"{_INDEX} should hold two prompt lists, for objects and for live subjects; it holds {len(lists)}"
         )
     return lists[0], lists[1]
-
-
-def shard(items: Sequence[Sitter], which: str) -> list[Sitter]:
-    """`i/n`: every n-th subject, beginning with the i-th (from 1).
-
-    Raises InputError for anything else, and for a shard without subjects.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", which)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise InputError(f"{which!r} is not a shard; write i/n with i from 1 to n, such as 2/8")
-    if int(match[1]) > len(items):
-        raise InputError(f"shard {which} is empty, as there are {len(items)} subjects; cut no more shards than that")
-    return list(items[int(match[1]) - 1 :: int(match[2])])

@@ -55,16 +55,20 @@ class Row:
 
 
 class Rows:
-    """An append-only file of rows. A line that a kill cut short, or that is no row, is passed over when it is read."""
+    """An append-only file of rows, and those that other files hold already.
 
-    def __init__(self, path: Path):
-        self.path, self._rows = path, {}
-        if path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            self._rows = {row.key: row for row in filter(None, map(_parse, text.splitlines()))}
-            if text and not text.endswith("\n"):
-                with replacing(path) as temporary:
-                    temporary.write_text(_lines(self._rows.values()), encoding="utf-8")
+    A line that a kill cut short, or that is no row, is passed over when it is read.
+    """
+
+    def __init__(self, path: Path, others: Iterable[Path] = ()):
+        self.path = path
+        text = _text(path)
+        self._rows = _read(text)
+        if text and not text.endswith("\n"):
+            with replacing(path) as temporary:
+                temporary.write_text(_lines(self._rows.values()), encoding="utf-8")
+        for other in others:
+            self._rows |= _read(_text(other))
 
     def __iter__(self):
         return iter(self._rows.values())
@@ -77,6 +81,14 @@ class Rows:
         fresh = {row.key: row for row in rows if row.key not in self._rows}
         append(self.path, _lines(fresh.values()))
         self._rows |= fresh
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _read(text: str) -> dict[tuple[str, ...], Row]:
+    return {row.key: row for row in filter(None, map(_parse, text.splitlines()))}
 
 
 def _lines(rows: Iterable[Row]) -> str:

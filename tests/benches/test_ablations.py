@@ -50,7 +50,7 @@ def tiny_family(tiny_folder):
 @pytest.fixture(scope="module")
 def case(tmp_path_factory, tiny_family):
     """The first held-out scene and its true masks."""
-    (made,) = bench.cases(tmp_path_factory.mktemp("cases"), tiny_family, 1, quick=True)
+    (made,) = bench.cases(tmp_path_factory.mktemp("cases"), tiny_family, [0], quick=True)
     assert made.name == "00-dog"
     return made, render([lookalike_scene(bench.FIRST_SCENE, "dog")])[1][0]
 

@@ -173,7 +173,7 @@ def test_p3s_and_the_untuned_base_have_one_budget_and_rivals_two():
 
 def test_an_option_that_would_not_be_heeded_is_refused():
     for options, word in (
-        ({"bench": "world", "shard": "1/2"}, "--shard belongs to --bench dreambench"),
+        ({"shard": "1/2"}, "--shard is a part of a benchmark"),
         ({"bench": "dreambench", "quick": True}, "--quick belongs to --bench world"),
         ({"bench": "world", "prompts": ["a [V] dog"]}, "--prompt belongs to one subject"),
     ):

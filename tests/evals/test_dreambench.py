@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from p3s_cli.benches import shards
 from p3s_cli.cli import app
 from p3s_cli.errors import InputError
 from p3s_cli.evals import dreambench
@@ -50,11 +51,11 @@ def test_live_subjects_get_their_own_prompts(folder):
 
 def test_subsets_and_shards_cover_everyone_once(folder):
     everyone = dreambench.read(folder)
-    assert [s.name for k in (1, 2) for s in dreambench.shard(everyone, f"{k}/2")] == ["red_ball", "old_dog"]
+    assert [s.name for k in (1, 2) for s in shards.pick(everyone, f"{k}/2")] == ["red_ball", "old_dog"]
     assert [s.name for s in dreambench.read(folder, ["old_dog"])] == ["old_dog"]
     for bad in ("0/2", "3/2", "half"):
         with pytest.raises(InputError, match="i/n"):
-            dreambench.shard(everyone, bad)
+            shards.pick(everyone, bad)
 
 
 def test_shards_without_subjects_and_subjects_without_photos_are_refused(folder):
