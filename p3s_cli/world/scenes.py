@@ -7,7 +7,6 @@ pattern scale and phase), so its identity has to be learned from pictures.
 
 from __future__ import annotations
 
-import math
 import random
 import string
 from dataclasses import dataclass, replace
@@ -160,34 +159,6 @@ def each_pattern(scene: Scene) -> list[Scene]:
         return replace(placed, instance=replace(placed.instance, pattern=pattern))
 
     return [replace(scene, subjects=tuple(changed(s, by) for s in scene.subjects)) for by in range(len(PATTERNS))]
-
-
-def told_apart(scene: Scene, seed: int) -> list[Scene]:
-    """Four scenes in which one subject has four patterns, or four colours, or is of four kinds; the first is `scene`.
-
-    Whatever else could change with it stays: the second colour, how far the shade is from its name's, place and pose.
-    """
-    rng = random.Random(seed)
-    which = rng.randrange(len(scene.subjects))
-    was = scene.subjects[which].instance
-    aspect = rng.choices(("pattern", "colour", "category"), (5, 3, 3))[0]
-    # a body of its second colour would have no pattern
-    colours = tuple(c for c, rgb in COLOURS.items() if math.dist(rgb, was.second) > 0.4)
-    names = {"pattern": PATTERNS, "colour": colours, "category": CATEGORIES}[aspect]
-    others = rng.sample([n for n in names if n != getattr(was, aspect)], len(PATTERNS) - 1)
-    changed = [replace(was, **{aspect: name}) for name in others]
-    if aspect == "colour":
-        changed = [replace(c, body=_moved(was.body, COLOURS[was.colour], COLOURS[c.colour])) for c in changed]
-
-    def standing(instance: Instance) -> Scene:
-        subjects = [replace(s, instance=instance) if k == which else s for k, s in enumerate(scene.subjects)]
-        return replace(scene, subjects=tuple(subjects))
-
-    return [standing(instance) for instance in (was, *changed)]
-
-
-def _moved(shade: RGB, named: RGB, to: RGB) -> RGB:
-    return tuple(min(1.0, max(0.0, t + s - n)) for s, n, t in zip(shade, named, to, strict=True))  # type: ignore[return-value]
 
 
 def solo(instance: Instance, seed: int, background: str | None = None, accessory: str | None = None) -> Scene:

@@ -18,13 +18,7 @@ import torch
 
 from p3s_cli.world.recipe.autoencoder import stage_vae
 from p3s_cli.world.recipe.contrast import stage_clip, stage_tokenizer, stage_vision, stage_vision_long
-from p3s_cli.world.recipe.denoiser import (
-    stage_unet,
-    stage_unet_apart,
-    stage_unet_detail,
-    stage_unet_long,
-    stage_unet_pattern,
-)
+from p3s_cli.world.recipe.denoiser import stage_unet, stage_unet_detail, stage_unet_long, stage_unet_pattern
 from p3s_cli.world.recipe.export import stage_export, stage_reopen
 from p3s_cli.world.recipe.readers import stage_identity, stage_labels
 from p3s_cli.world.recipe.words import stage_words
@@ -41,7 +35,6 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "unet_long": stage_unet_long,
     "unet_detail": stage_unet_detail,
     "unet_pattern": stage_unet_pattern,
-    "unet_apart": stage_unet_apart,
     "labels": stage_labels,
     "identity": stage_identity,
     "export": stage_export,

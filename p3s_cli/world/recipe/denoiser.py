@@ -51,17 +51,7 @@ def stage_unet_pattern(shop: Workshop) -> None:
     it back (input perturbation, arXiv:2301.11706, along the one direction in which sampling errs).
     """
     unet = UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device)
-    _denoise(shop, "unet_pattern", unet, subject_weight=6.0, detail=0.5, alike=0.5, faded=0.5)
-
-
-def stage_unet_apart(shop: Workshop) -> None:
-    """A fifth round: as the fourth, for colours and kinds too and for one subject of two, and told apart aloud.
-
-    What four such scenes have in common is most of the loss; here what they differ in counts on its own. Not where
-    they are faded: told so loudly, the U-Net learns to exaggerate whatever it sees.
-    """
-    unet = UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device)
-    _denoise(shop, "unet_apart", unet, subject_weight=6.0, detail=0.5, alike=0.5, faded=0.25, apart=2.0)
+    _denoise(shop, "unet_pattern", unet, subject_weight=6.0, detail=0.5, alike=0.5)
 
 
 @dataclass(frozen=True)
@@ -105,15 +95,15 @@ class Shelf:
         noise = torch.randn(x0.shape, generator=generator)
         return Batch(x0, x0, self._inside(index), captions, noise, _timesteps(n, detail, generator))
 
-    def draw_alike(self, n: int, faded: float, generator: torch.Generator) -> Batch:
-        """Scenes of a pool in which four are alike, all four of each under one noise at one timestep, with all that
-        is to be said; of `faded` they have faded into their mean, by any share."""
+    def draw_alike(self, n: int, generator: torch.Generator) -> Batch:
+        """A `patterns` pool's scenes, all four of each under one noise at one timestep, with all that is to be said;
+        half of them faded into their mean, by any share."""
         k = len(PATTERNS)
         first = k * torch.randint(len(self.pool.scenes) // k, (n // k,), generator=generator)
         index = (first[:, None] + torch.arange(k)).flatten()
         captions = self.pool.captions(index, generator, complete=1.0)
         x0 = self.latents[index].unflatten(0, (-1, k))
-        fade = torch.rand(n // k, generator=generator) * (torch.rand(n // k, generator=generator) < faded)
+        fade = torch.rand(n // k, generator=generator) * (torch.rand(n // k, generator=generator) < 0.5)
         noised = torch.lerp(x0, x0.mean(1, keepdim=True).expand_as(x0), fade.view(-1, 1, 1, 1, 1))
         noise = torch.randn(self.latents[first].shape, generator=generator).repeat_interleave(k, 0)
         t = _timesteps(n // k, 1.0, generator).repeat_interleave(k)
@@ -130,19 +120,13 @@ def _denoise(
     subject_weight: float,
     detail: float = 0.0,
     alike: float = 0.0,
-    faded: float = 0.0,
-    apart: float = 0.0,
 ) -> None:
-    """Noise prediction with min-SNR weights (arXiv:2303.09556, gamma 5).
-
-    `alike` is the share of a batch from `draw_alike`, `faded` that of its fours that fade, `apart` the weight of
-    `_between_fours` in the others.
-    """
+    """Noise prediction with min-SNR weights (arXiv:2303.09556, gamma 5); `alike` is the share of `draw_alike`."""
     tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     text_model = CLIPModel.from_pretrained(shop.family / "clip").text_model.to(shop.device).eval()
     scheduler = models.build_scheduler()
     shelf = Shelf(shop, shop.pool, "latents")
-    fours = _fours(shop, bool(apart)) if alike else None
+    fours = Shelf(shop, shop.patterns, "latents_patterns") if alike else None
     together = int(alike * BATCH[stage])
     alphas = scheduler.alphas_cumprod.to(shop.device)
     predict = torch.compile(unet) if shop.compiled else unet
@@ -155,7 +139,7 @@ def _denoise(
     def loss(step: int, generator: torch.Generator):
         batch = shelf.draw(BATCH[stage] - together, detail, generator)
         if fours:
-            batch = batch + fours.draw_alike(together, faded, generator)
+            batch = batch + fours.draw_alike(together, generator)
         x0, noised, noise, t = (x.to(shop.device) for x in (batch.latents, batch.noised, batch.noise, batch.t))
         weight = 1 + (subject_weight - 1) * batch.subjects.to(shop.device)
         with shop.autocast():
@@ -163,33 +147,10 @@ def _denoise(
         snr = alphas[t] / (1 - alphas[t])
         target = noise + snr.sqrt().view(-1, 1, 1, 1) * (noised - x0)  # the noise that leads from x_t to x0
         error = (weight * (eps.float() - target).square()).mean((1, 2, 3)) / weight.mean((1, 2, 3))
-        value = (error * snr.clamp(max=5) / snr).mean()
-        if not apart:
-            return value, {}
-        wrong = (eps.float() - target) / snr.sqrt().view(-1, 1, 1, 1)  # the error of the clean latents
-        share = snr.sqrt().clamp(max=1) * (noised == x0).flatten(1).all(1)
-        missed, there = (_between_fours(x[-together:], weight[-together:], share[-together:]) for x in (wrong, x0))
-        return value + apart * missed, {"apart": (missed / there.clamp(min=1e-6)).item()}
+        return (error * snr.clamp(max=5) / snr).mean(), {}
 
     shop.fit(stage, unet, loss, weight_decay=0.01, ema=0.999)
     unet.save_pretrained(shop.family / "unet")
-
-
-def _fours(shop: Workshop, apart: bool) -> Shelf:
-    return Shelf(shop, shop.apart, "latents_apart") if apart else Shelf(shop, shop.patterns, "latents_patterns")
-
-
-def _between_fours(latents: Tensor, weight: Tensor, share: Tensor) -> Tensor:
-    """How far the latents (B, 4, h, w) of every four alike scenes are from their mean, squared; they count `share` (B,).
-
-    Of the error this is the part that the word which tells the four apart is to blame for; what makes all of the
-    error least makes this least, too. A share of min(1, sqrt(SNR)) is more than the error of the noise gives to what
-    is decided while all is noise.
-    """
-    fours = latents.unflatten(0, (-1, len(PATTERNS)))
-    squared = (fours - fours.mean(1, keepdim=True)).flatten(0, 1).square()
-    each = (weight * squared).mean((1, 2, 3)) / weight.mean((1, 2, 3))
-    return (share * each).mean()
 
 
 def _timesteps(n: int, from_middle: float, generator: torch.Generator) -> Tensor:

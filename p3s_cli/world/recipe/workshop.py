@@ -22,7 +22,6 @@ from p3s_cli.world.scenes import (
     each_pattern,
     sample_scene,
     short_caption,
-    told_apart,
 )
 from p3s_cli.world.shapes import PATTERNS
 
@@ -38,7 +37,6 @@ STEPS = {
     "unet_long": 6_000,
     "unet_detail": 2_800,
     "unet_pattern": 4_500,
-    "unet_apart": 6_000,
     "labels": 3_000,
     "identity": 1_200,
 }
@@ -52,7 +50,6 @@ BATCH = {
     "unet_long": 32,
     "unet_detail": 32,
     "unet_pattern": 32,
-    "unet_apart": 32,
     "labels": 96,
     "identity": 128,
 }
@@ -66,7 +63,6 @@ LEARNING_RATE = {
     "unet_long": 5e-4,
     "unet_detail": 5e-4,
     "unet_pattern": 5e-4,
-    "unet_apart": 5e-4,
     "labels": 3e-3,
     "identity": 2e-3,
 }
@@ -147,12 +143,6 @@ class Workshop:
         """A quarter as many scenes, each in every pattern; a scene's four are in a row."""
         seeds = range(self._scenes // len(PATTERNS))
         return Pool([scene for seed in seeds for scene in each_pattern(sample_scene(seed))], self.device)
-
-    @cached_property
-    def apart(self) -> Pool:
-        """A quarter as many scenes of one or two subjects, each four times, told apart by one word of the caption."""
-        scenes = [sample_scene(seed, counts=(1, 1, 2)) for seed in range(self._scenes // len(PATTERNS))]
-        return Pool([one for seed, scene in enumerate(scenes) for one in told_apart(scene, seed)], self.device)
 
     def log(self, stage: str, row: dict) -> None:
         line = json.dumps({"stage": stage, **row})
