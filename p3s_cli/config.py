@@ -139,12 +139,12 @@ class GenerateConfig:
     strength: float = 1.0  # multiplies eps_t
     negative_prompt: str = ""  # what stands in for the empty text
     references: int = 1  # of each subject, side by side
-    reuse: int = 1  # steps for which the copy's features are used once they are made
+    reuse: int = 2  # steps that share the copy's features, and a third pass of guidance (`sd.sample.Guided`)
     size: tuple[int, int] | None = None  # height and width in pixels; None is the family's square
 
 
-# steps, scheduler and reuse where nothing else is asked for, and with --fast (benchmarks/results/speed.md)
-PACES = {False: (50, "ddim", 1), True: (20, "dpm++", 2)}
+# steps and scheduler where nothing else is asked for, and with --fast (benchmarks/results/speed.md)
+PACES = {False: (50, "ddim"), True: (20, "dpm++")}
 
 PAPER_CONTROL = ControlConfig(
     injection="literal",

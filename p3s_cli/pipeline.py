@@ -161,7 +161,9 @@ class P3SPipeline(StableDiffusionPipeline):
         with P3S().bind_many(family, _parts(subjects, subject_strength), config) as generator:
             # encoded here, for a subject's word is learnt and no tokenizer knows it
             embeds, empty = (generator.encode(w).to(unet.dtype) for w in (words, [""]))
-            controlled = GuidedUNet(unet, generator.eps, self._scale, strength, empty, self._control(guides))
+            controlled = GuidedUNet(
+                unet, generator.eps, self._scale, strength, empty, self._control(guides), config.reuse
+            )
             self.__dict__.update(unet=controlled, vae=Autoencoder(vae))
             try:
                 return super().__call__(None, *size, num_inference_steps, prompt_embeds=embeds, **kwargs)

@@ -40,10 +40,11 @@ def test_it_draws_what_the_sampler_draws_calls_back_and_survives_being_saved(tun
     theirs = pipe("a [V] pet on beach", callback_on_step_end=note, **options).images
     tensors, metadata = load_tensors(tuned / "control/control.safetensors")
     part = Part(Subject.open(tuned), tensors, ControlConfig(**metadata["config"]["control"]))
-    with P3S().bind_many(world, [part], GenerateConfig()) as generator:
+    sampling = GenerateConfig()
+    with P3S().bind_many(world, [part], sampling) as generator:
         states, empty = generator.encode(["a sks pet on beach", ""]).split(1)
         scheduler = build_scheduler("ddim", world.scheduler_config)
-        ours = sample(generator.eps, states, empty, scheduler, [3], (4, 16, 16), 2, 3.0, 2.0)
+        ours = sample(generator.eps, states, empty, scheduler, [3], (4, 16, 16), 2, 3.0, 2.0, reuse=sampling.reuse)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
     assert seen == [0, 1] and type(pipe.unet).__name__ == "UNet2DConditionModel"
     off = pipe("a [V] pet on beach", subject_strength=0.0, **options).images

@@ -108,6 +108,7 @@ _ABLATIONS: tuple[Entry, ...] = (
     _control("the last weights", average=0.0),
     _control("close view", reference_view="close"),
     _control("whole photo", reference_view="photo"),
+    Entry("nothing reused", sampling={"reuse": 1}),
     Entry("three references", references=_THREE),
     Entry("three references, all shown", references=_THREE, sampling={"references": 3}),
     Entry("true masks", references=References("true", true_masks=True)),

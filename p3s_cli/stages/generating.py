@@ -60,6 +60,7 @@ def generate(
     safety_checker: bool = True,
     metadata: bool = True,
     fast: bool = False,
+    reuse: int = settings.GenerateConfig.reuse,
     memory: str = "auto",
     model: str | None = None,
     device: str = "auto",
@@ -76,7 +77,8 @@ def generate(
     LoRAs (`style.safetensors=0.6`), `size` is `WIDTHxHEIGHT`, `references` how many of each subject's
     references are shown to it. They are made by the method the subject was tuned with; `schedule`, `also`,
     `control`, `lora` and `references` are P3S's alone. Steps and scheduler default to 50 of DDIM; `fast` is
-    20 of a multistep solver, the copy running at every other one. `metadata` puts the settings into each PNG. Raises
+    20 of a multistep solver. At `reuse` steps in a row the copy's features are the same, and so is what guidance
+    subtracts; 1 makes everything at every step. `metadata` puts the settings into each PNG. Raises
     InputError before the subject is tuned, after it has changed, for a prompt without [V], and for unknown names.
     """
     report = on_progress or silent
@@ -88,7 +90,7 @@ def generate(
     identifiers = [s.manifest.identifier for s in subjects]
     words = text.identify(prompt, *identifiers)
     asked = dict(guidance=guidance, subject_guidance=subject_guidance, strength=strength, references=references)
-    asked |= dict(negative_prompt=negative_prompt, size=parse_size(size))
+    asked |= dict(negative_prompt=negative_prompt, size=parse_size(size), reuse=reuse)
     sampling = _sampling(fast, steps, scheduler, schedule, asked)
     for one in subjects:
         one.check_masks()
@@ -129,12 +131,10 @@ def _sampling(
     fast: bool, steps: int | None, scheduler: str | None, schedule: str, asked: dict[str, Any]
 ) -> settings.GenerateConfig:
     """What was asked for, and the pace's steps and scheduler where nothing was. Raises InputError for what cannot be."""
-    usual, solver, reuse = settings.PACES[fast]
-    config = settings.GenerateConfig(
-        usual if steps is None else steps, scheduler=scheduler or solver, reuse=reuse, **asked
-    )
-    if config.steps < 1 or config.references < 1:
-        raise InputError("give at least one step (--steps 1) and one reference (--references 1)")
+    usual, solver = settings.PACES[fast]
+    config = settings.GenerateConfig(usual if steps is None else steps, scheduler=scheduler or solver, **asked)
+    if min(config.steps, config.references, config.reuse) < 1:
+        raise InputError("give at least one step (--steps 1), one reference (--references 1) and --reuse 1")
     for value in (config.guidance, config.subject_guidance, config.strength):
         if value is not None and not math.isfinite(value):
             raise InputError(f"{value} is no strength; give --guidance, --subject-guidance and --strength as numbers")
