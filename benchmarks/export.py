@@ -1,6 +1,6 @@
 """What a low-rank export costs in identity, on the bundled family where the truth can be drawn.
 
-python benchmarks/export.py FOLDER [--subjects 4] [--steps N] [--images 4] [--sampling-steps 50] [--ranks 4 8 16 48]
+python benchmarks/export.py FOLDER [--subjects 4] [--first 0] [--steps N] [--images 4] [--sampling-steps 50] [--ranks 4 8 16 48]
 
 Identity: mean cosine, by the family's identity encoder, of the images with true renders of the chosen subject. `SD v1-5`:
 the size of a control of this rank at the exact shape of SD v1-5. The widths of `world` are a tenth of SD v1-5's,
@@ -60,13 +60,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--subjects", type=int, default=4)
+    parser.add_argument("--first", type=int, default=0, help="number of the first subject")
     parser.add_argument("--steps", type=int, help="default: the family's")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--sampling-steps", type=int, default=50)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16, 48])
     arguments = parser.parse_args()
     family, shapes = load("world"), sd15_shapes()
-    tuned = [subject(arguments.folder, 21_000_000 + k, arguments.steps, family) for k in range(arguments.subjects)]
+    seeds = range(21_000_000 + arguments.first, 21_000_000 + arguments.first + arguments.subjects)
+    tuned = [subject(arguments.folder, seed, arguments.steps, family) for seed in seeds]
     whole = [identity(*one, arguments, family) for one in tuned]
     mean = sum(whole) / len(whole)
     print(f"{time.strftime('%d %B %Y')}, world, {vars(arguments) | {'folder': '...'}}\n")

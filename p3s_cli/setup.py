@@ -176,7 +176,7 @@ def fetch(
     for i, part in enumerate(parts):
         report(f"fetching and checking {part.name}", i, len(parts))
         try:
-            states.append(_fetch(part))
+            states.append(_fetch(part, wanted.command))
         except InputError:
             if not part.optional:
                 raise
@@ -196,7 +196,7 @@ def _fetch_metric(protocol: str, key: str, report) -> PartState:
     return PartState(key, where, found, size, True, "present" if before else "fetched")
 
 
-def _fetch(part: Part) -> PartState:
+def _fetch(part: Part, command: str) -> PartState:
     found, state = hub.folder(part), "present"
     broken = hub.damaged(hub.files(found, part)) if found else []
     if broken:
@@ -211,7 +211,7 @@ def _fetch(part: Part) -> PartState:
     if found is None:
         if Path(part.source).exists():
             raise InputError(f"{part.where} is missing or incomplete; restore the folder")
-        found = hub.bring(part)
+        found = hub.bring(part, command)
         state = "repaired" if state == "repaired" else "fetched"
         if broken := hub.damaged(hub.files(found, part)):
             raise InputError(f"{broken[0]} did not arrive as the hub says it is; run p3s fetch again")

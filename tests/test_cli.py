@@ -112,8 +112,9 @@ def test_doctor_says_what_is_here_what_it_takes_and_what_to_do(home):
     text = p3s("doctor", "sd15").stdout
     assert "unset HF_HUB_OFFLINE, then run: p3s fetch sd15" in text and "memory profile" in text
     assert p3s("doctor", "sd99").exit_code == 2
-    result = p3s("fetch", "sd15")
-    assert result.exit_code == 2 and "cannot be fetched without a network" in result.stderr
+    result = p3s("fetch", "sd15", "--control", "canny")
+    assert result.exit_code == 2 and "without a network (HF_HUB_OFFLINE is set)" in result.stderr
+    assert "fetch it with `p3s fetch sd15 --control canny`" in result.stderr
 
 
 def test_a_manifest_from_elsewhere_is_refused(home):

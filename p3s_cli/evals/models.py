@@ -113,7 +113,10 @@ class MetricModel:
         folder = Path(self.where)
         beside = folder.parent / "tokenizer"  # a family keeps one tokenizer for both its text towers
         own = not folder.is_dir() or (folder / "tokenizer.json").exists() or not beside.is_dir()
-        return _load(CLIPTokenizer, self.where if own else str(beside), self.command)
+        tokenizer = _load(CLIPTokenizer, self.where if own else str(beside), self.command)
+        if tokenizer.vocab_size <= 2:  # its two marks: what transformers makes, in silence, where the files are missing
+            raise InputError(f"the metric model {self.where} has no vocabulary here; run `{self.command}` again")
+        return tokenizer
 
 
 class LabelReader:

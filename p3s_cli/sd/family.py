@@ -29,7 +29,7 @@ from p3s_cli.sd import profile as profiles
 from p3s_cli.sd.hub import Part
 from p3s_cli.sd.profile import CLASSICAL, Profile
 from p3s_cli.sd.vision import ClipPair, VisionTower
-from p3s_cli.sd.vocabulary import clip_tokenizer
+from p3s_cli.sd.vocabulary import clip_tokenizer, read_tokenizer
 
 _ENCODERS = ("text_encoder", "vae", "vision")
 TOWERS = {"dinov2": "facebook/dinov2-small@ed25f3a31f01632728cabb09d1542f84ab7b0056"}
@@ -46,6 +46,7 @@ class Family:
     def __init__(self, source: str, profile: Profile, device: str, dtype: torch.dtype):
         self.source, self.profile, self.device, self.dtype = source, profile, device, dtype
         self.inpainter_chosen = False  # by name, so that its absence is an error
+        self.fetch = f"p3s fetch {source}"  # the command that brings what is missing
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
@@ -64,8 +65,7 @@ class Family:
     def tokenizer(self) -> CLIPTokenizer:
         if self.profile.single:
             return clip_tokenizer()
-        part = self.profile.part("tokenizer")
-        return hub.from_pretrained(CLIPTokenizer, part.source, part.subfolder)
+        return read_tokenizer(self.profile.part("tokenizer"), self.fetch)
 
     @cached_property
     def scheduler_config(self) -> dict:
@@ -74,7 +74,8 @@ class Family:
         """
         if self.profile.single:
             return single_file.scheduler_config(Path(self.profile.base))
-        config = dict(hub.from_pretrained(diffusers.DDIMScheduler, self.profile.base, "scheduler").config)
+        found = hub.from_pretrained(diffusers.DDIMScheduler, self.profile.base, "scheduler", fetch=self.fetch)
+        config = dict(found.config)
         ours = {"clip_sample": False, "steps_offset": 1}
         unsaid = [name for name in config.get("_use_default_values", ()) if name not in ours]
         return config | ours | {"_use_default_values": unsaid}
@@ -82,7 +83,7 @@ class Family:
     @cached_property
     def vision(self) -> ClipPair:
         clip = self._frozen(self._clip_model(self.profile.part("clip")))
-        tokenizer = hub.from_pretrained(CLIPTokenizer, self.profile.clip_tokenizer)
+        tokenizer = read_tokenizer(self.profile.clip_tokenizer, self.fetch)
         return ClipPair(
             clip,
             tokenizer,
@@ -92,10 +93,10 @@ class Family:
         )
 
     def _clip_model(self, part: Part) -> CLIPModel:
-        kind = hub.from_pretrained(AutoConfig, part.source, trust_remote_code=False).model_type
+        kind = hub.from_pretrained(AutoConfig, part.source, trust_remote_code=False, fetch=self.fetch).model_type
         if kind != "clip":
             raise InputError(f"{part.source} holds a {kind}, not a CLIP pair; name a CLIP model's folder")
-        return hub.load(CLIPModel, part)
+        return hub.load(CLIPModel, part, self.fetch)
 
     def mask_tower(self, name: str = "clip") -> VisionTower:
         """What the masks are read from: the family's own CLIP tower, `dinov2`, or any ViT (or CLIP) of transformers.
@@ -152,8 +153,8 @@ class Family:
             return None
         from transformers import CLIPImageProcessor  # speaks up on import unless told not to, as it is by now
 
-        checker = hub.load(StableDiffusionSafetyChecker, self.profile.part("safety_checker"))
-        processor = hub.from_pretrained(CLIPImageProcessor, self.profile.base, "feature_extractor")
+        checker = hub.load(StableDiffusionSafetyChecker, self.profile.part("safety_checker"), self.fetch)
+        processor = hub.from_pretrained(CLIPImageProcessor, self.profile.base, "feature_extractor", fetch=self.fetch)
         return self._frozen(checker), processor
 
     @property
@@ -176,7 +177,7 @@ class Family:
             part = self.profile.part(name)
             inside = hub.folder(part)
             if inside is None:
-                raise InputError(f"{part.where} is not on this machine yet; fetch it with: p3s fetch {self.source}")
+                raise InputError(f"{part.where} is not on this machine yet; fetch it with: {self.fetch}")
             # what else lies there, other precisions and formats, is not loaded and says nothing of the base
             for file in hub.loaded(inside, part):
                 digest.update(f"{name}/{file.name}:{sha256(file)}\n".encode())
@@ -185,7 +186,7 @@ class Family:
     def _base_part(self, kind: Any, name: str) -> Any:
         if self.profile.single:
             return single_file.load_part(Path(self.profile.base), name)
-        return hub.load(kind, self.profile.part(name))
+        return hub.load(kind, self.profile.part(name), self.fetch)
 
     def _frozen(self, model: Any) -> Any:
         for name, parameter in model.named_parameters():
@@ -212,6 +213,7 @@ def load(
     where, profile = resolve_device(device), profiles.find(model, vision, inpainter)
     family = Family(model, profile, where, resolve_dtype(dtype, where))
     family.inpainter_chosen = inpainter is not None
+    family.fetch += f" --vision {vision}" if vision not in (None, "clip") else ""
     return family
 
 

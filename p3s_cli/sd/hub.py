@@ -74,11 +74,12 @@ def from_pretrained(
     subfolder: str | None = None,
     variants: Sequence[str | None] = (None,),
     remedy: str = "restore the folder",
+    fetch: str = "p3s fetch",
     **options: Any,
 ) -> Any:
     """`kind.from_pretrained` from a folder or the cache, else from the hub, trying each variant of the files.
 
-    `remedy` is what to do about a folder that cannot be read. Raises InputError that says what is missing or
+    `remedy` is what to do about a folder that cannot be read, `fetch` the command that brings the model. Raises InputError that says what is missing or
     unreadable, and what to do.
     """
     where, revision = split(source)
@@ -96,7 +97,7 @@ def from_pretrained(
     def get(given: dict) -> Any:
         return kind.from_pretrained(where, **given, **options)
 
-    return _online(get, tries, named(where, subfolder))
+    return _online(get, tries, named(where, subfolder), fetch)
 
 
 def load(kind: Any, part: Part, fetch: str = "p3s fetch", **options: Any) -> Any:
@@ -124,8 +125,9 @@ def load(kind: Any, part: Part, fetch: str = "p3s fetch", **options: Any) -> Any
 
 
 def _online(get: Callable[[dict], Any], tries: Sequence[dict], name: str, fetch: str = "p3s fetch") -> Any:
+    switch = " (HF_HUB_OFFLINE is set)" if offline() else ""
     sentence = (
-        f"{name} is not on this machine and cannot be fetched without a network; "
+        f"{name} is not on this machine and cannot be fetched without a network{switch}; "
         f"fetch it with `{fetch}` where there is one (--model world needs neither)"
     )
     if offline() or not _reachable():

@@ -21,6 +21,8 @@ from p3s_cli.sd.hub import Part
 _PACKAGE = Path(__file__).parent.parent
 _SD15 = _PACKAGE / "sd" / "profiles" / "sd15.json"
 _WORLD = _PACKAGE / "world" / "weights"
+_WORDS = ("tokenizer.json", "vocab.json")
+_TEXT_FILES = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 
@@ -67,31 +69,27 @@ class Profile:
         return str(inside) if inside.is_dir() else self.clip
 
     @property
-    def clip_tokenizer(self) -> str:
+    def clip_tokenizer(self) -> Part:
+        """The CLIP pair's tokenizer, which may lie beside its folder."""
         inside = Path(self.clip_source)
         beside = inside.parent / "tokenizer"
-        return (
-            str(beside)
-            if inside.is_dir() and not (inside / "tokenizer.json").exists() and beside.is_dir()
-            else self.clip_source
-        )
+        apart = inside.is_dir() and not (inside / "tokenizer.json").exists() and beside.is_dir()
+        return Part("clip tokenizer", str(beside) if apart else self.clip_source, any_of=_WORDS, also=_TEXT_FILES)
 
     @cached_property
     def parts(self) -> list[Part]:
         """The folders this family is made of, but for those a single file holds."""
-        model, words = "diffusion_pytorch_model", ("tokenizer.json", "vocab.json")
-        base, clip, text_files = self.base, self.clip_source, ("merges.txt", "tokenizer_config.json")
-        text_files += ("special_tokens_map.json",)
+        model, base, clip = "diffusion_pytorch_model", self.base, self.clip_source
         own = [
             Part("unet", base, "unet", model),
             Part("vae", base, "vae", model),
             Part("text_encoder", base, "text_encoder", "model"),
-            Part("tokenizer", base, "tokenizer", any_of=words, also=text_files),
+            Part("tokenizer", base, "tokenizer", any_of=_WORDS, also=_TEXT_FILES),
             Part("scheduler", base, "scheduler", any_of=("scheduler_config.json",)),
         ]
         if self.single:  # what such a file does not carry ships with us
             own = []
-        vision_files = ("preprocessor_config.json", *words, *text_files)
+        vision_files = ("preprocessor_config.json", *_WORDS, *_TEXT_FILES)
         parts = [*own, Part("clip", clip, weights="model", also=vision_files)]
         sibling = self.inpainter
         if sibling not in (None, ".", CLASSICAL) and Path(sibling).suffix != ".safetensors":

@@ -84,8 +84,8 @@ def train(
     Resumes from `checkpoint` if there is one, stops before step `until` (a piece of a longer run) or at
     the recipe's end. `on_step` hears the means over the last 50 steps and how many were `skipped`: those
     whose loss or gradient was not finite. P3SError after 20 of these in a row. SIGINT and SIGTERM wait
-    for the step to end and the checkpoint to be written. Returns the weights to keep: the running average
-    if the recipe has one.
+    for the step to end and the checkpoint to be written. Returns the weights to keep, on the CPU: the running
+    average if the recipe has one.
     """
     run = _Run(parameters, recipe)
     tell = on_step or (lambda step, total, numbers: None)
@@ -167,7 +167,8 @@ class _Run:
             torch._foreach_lerp_(list(self.ema.values()), [self.parameters[n].detach() for n in self.ema], 1 - decay)
 
     def weights(self) -> dict[str, Tensor]:
-        return {n: t.detach().clone() for n, t in (self.ema or self.parameters).items()}
+        # off the device, which holds gradients and moments still and has no room for another copy
+        return {n: t.detach().to("cpu", copy=True) for n, t in (self.ema or self.parameters).items()}
 
     def save(self, folder: Path) -> None:
         """Raises P3SError, keeping what is on disk, if a parameter is not finite any more."""

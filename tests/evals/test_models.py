@@ -1,11 +1,15 @@
 """Metric models: their preprocessing and vectors, against transformers' own."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel
 
+import p3s_cli
 from p3s_cli.errors import InputError
 from p3s_cli.evals.models import LabelReader, MetricModel, Preprocessing
 from p3s_cli.evals.protocols import protocol
@@ -74,6 +78,14 @@ def test_a_metric_model_that_is_not_here_is_named(tmp_path):
     model = MetricModel(where, how, command="p3s fetch dreambooth")
     with pytest.raises(InputError, match="dino-vits16 is not on this machine.*run `p3s fetch dreambooth`"):
         model.images([picture(64, 64)])
+
+
+def test_a_vocabulary_that_is_missing_is_never_made_up(tmp_path):
+    """transformers makes a tokenizer of two tokens of a folder without one, and every text would score the same."""
+    how = protocol("world").models["clip"][1]
+    folder = shutil.copytree(Path(p3s_cli.__file__).parent / "world/weights/clip", tmp_path / "clip")
+    with pytest.raises(InputError, match="has no vocabulary"):
+        MetricModel(str(folder), how).texts(["a dog"])
 
 
 def test_weights_that_a_folder_lacks_are_never_made_up(tmp_path):

@@ -35,6 +35,9 @@ def test_without_network_and_cache_the_missing_files_and_the_way_out_are_named(t
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match="stable-diffusion-v1-5/unet is not on this machine.*--model world"):
         _ = load("sd15").unet
+    for part in ("unet", "tokenizer", "scheduler_config", "vision", "safety_checker"):
+        with pytest.raises(InputError, match="`p3s fetch not/here@v2 --vision not/seen`"):
+            getattr(load("not/here@v2", vision="not/seen"), part)
 
 
 def test_unknown_device_and_dtype():
@@ -51,6 +54,26 @@ def test_a_diffusers_folder_brings_its_own_profile(world):
     family = load(world.profile.base)
     assert family.profile == world.profile
     assert family.fingerprint() == world.fingerprint()
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "vision"])
+@pytest.mark.parametrize("left", [(), ("tokenizer_config.json",), ("vocab.json",)])
+def test_a_tokenizer_without_a_vocabulary_is_refused_and_not_made_up(tiny_folder, tmp_path, part, left):
+    """transformers makes one of two tokens where the files are missing, and cuts words into letters without merges."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "family")
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    for name in left:
+        (folder / "tokenizer" / name).write_text('{"a": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}')
+    with pytest.raises(InputError, match="tokenizer has no vocabulary"):
+        getattr(load(str(folder)), part)
+
+
+def test_a_tokenizer_without_a_length_of_its_own_reads_what_clip_reads(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "family")
+    for file in (folder / "tokenizer").glob("*_*.json"):
+        file.unlink()
+    assert load(str(folder)).tokenizer.model_max_length == 77
 
 
 def test_a_folder_saved_under_another_scheduler_draws_as_in_diffusers(tiny_folder, tiny_family, tmp_path):
