@@ -88,7 +88,12 @@ def walk_alone(features, positive, negative, config: MaskConfig) -> prototypes.C
     return prototypes.Competition(subject, other, np.abs(score), score)
 
 
-_core = prototypes._core
+def whose_alone(features, objects, background, within, nearer, config) -> prototypes.Competition:
+    """The walk decides between the two objects, and between object and background only likeness does."""
+    return _judge(features, objects, background, np.zeros_like(within), nearer, config)
+
+
+_core, _judge = prototypes._core, prototypes._judge
 _EDGES, _START = (segment, "refine"), (prototypes.walk, "regions")
 
 CHOICES = [
@@ -114,6 +119,7 @@ CHOICES = [
     Choice("prototypes of the background: twenty", {"background_prototypes": 20}),
     Choice("competition: negative clicks ignored", with_negative=False),
     Choice("competition: no nearness along the walk", {"nearness": 0.0}),
+    Choice("competition: nearness says whose, not what is an object", swaps=((prototypes, "_judge", whose_alone),)),
     Choice("competition: twice the nearness", {"nearness": 0.5}),
     Choice("competition: likeness to the object counts half", {"likeness": 0.5}),
     Choice("scores not smoothed", {"smooth": 0.01}),

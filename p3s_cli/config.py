@@ -36,7 +36,7 @@ class MaskConfig:
     rounds: int = 3  # of competition
     likeness: float = 1.0  # weight of being like an object, against being unlike the background
     smooth: float = 0.7  # Gaussian over the patches' scores, in patches
-    nearness: float = 0.25  # weight of whose clicks the walk meets, against cosines
+    nearness: float = 0.25  # weight of where the walk leads, against cosines
     band: float = 2.5  # patches around the coarse outline in which the image's edges decide
     dilate: float = 1.0  # eq. 3: growth of the inpainted region, in patches
     attempts: int = 3  # eq. 3: seeds tried before the classical filler

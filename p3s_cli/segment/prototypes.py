@@ -2,8 +2,9 @@
 
 The clicks' regions (`walk.py`) start the subject's and the negative's prototypes, patches on the frame
 the background's. A patch is an object where an object's prototype is nearer than any of the background's,
-and belongs to the nearer of the two objects. Components apart from the clicks and their regions are
-dropped, the prototypes taken anew from the masks just found, and all of it repeated.
+and belongs to the nearer of the two objects; for both, it also counts where the walk leads. Components
+apart from the clicks and their regions are dropped, the prototypes taken anew from the masks just found,
+and all of it repeated.
 
 The two objects are treated alike: swapping the points swaps the masks.
 """
@@ -53,7 +54,7 @@ def compete(
     counts = [config.prototypes for _ in sides]
     like_frame = walk.frame_likeness(features)
     potentials = walk.potentials(features, sides)
-    regions, nearer = walk.regions(potentials, sides), walk.nearer(potentials)
+    regions, walked = walk.regions(potentials, sides), (walk.within(potentials), walk.nearer(potentials))
     cores = [_core(region, s, like_frame) for region, s in zip(regions, seeds, strict=True)]
     objects = [prototypes(features[core], k) for core, k in zip(cores, counts, strict=True)]
     likeness = np.maximum(*(nearest(features, o) for o in objects))
@@ -62,7 +63,7 @@ def compete(
     for limit in (np.median(likeness[frame]), np.quantile(likeness, 0.8)):
         background = features[frame & (likeness <= limit)]
         if found is None or len(background) >= _LEAST_BACKGROUND:
-            found = _contest(features, sides, cores, counts, objects, background, nearer, config)
+            found = _contest(features, sides, cores, counts, objects, background, walked, config)
         if (found.subject | found.negative)[frame].mean() <= _FRAME_SHARE:
             break
     return found
@@ -87,11 +88,11 @@ def _core(region: np.ndarray, seeds: Sequence[tuple[int, int]], like_frame: np.n
     return core
 
 
-def _contest(features, sides, cores, counts, objects, background, nearer, config: MaskConfig) -> Competition:
+def _contest(features, sides, cores, counts, objects, background, walked, config: MaskConfig) -> Competition:
     """Rounds of judging and learning anew, from a first set of object prototypes and background patches."""
     background = prototypes(background, config.background_prototypes)
     for _ in range(config.rounds):
-        found = _judge(features, objects, background, nearer if sides[1] else None, config)
+        found = _judge(features, objects, background, *walked, config)
         masks = tied(found, sides, cores)
         objects = [prototypes(features[m], k) if m.any() else o for m, k, o in zip(masks, counts, objects, strict=True)]
         # what lies next to an object is half object: learnt as background, it would eat the object from its rim
@@ -125,14 +126,14 @@ def nearest(features: np.ndarray, prototype_set: np.ndarray) -> np.ndarray:
     return (features @ prototype_set.T).max(-1)
 
 
-def _judge(features, objects, background, nearer, config: MaskConfig) -> Competition:
+def _judge(features, objects, background, within, nearer, config: MaskConfig) -> Competition:
     """One round: scores of every patch, before components are tied to clicks."""
     subject, negative = (nearest(features, o) for o in objects)
     objectness = config.likeness * np.maximum(subject, negative) - nearest(features, background)
-    objectness = ndimage.gaussian_filter(objectness, config.smooth)
+    objectness = ndimage.gaussian_filter(objectness + config.nearness * within, config.smooth)
     # Otsu's threshold may fall between two kinds of background; below 0 the background is the nearer one anyway
     threshold = max(0.0, float(threshold_otsu(objectness))) if np.ptp(objectness) > 0 else 0.0
-    if nearer is None:  # no negative click: every object is the subject's
+    if not len(objects[1]):  # no negative click: every object is the subject's
         ownership = np.ones_like(objectness)
     else:
         ownership = ndimage.gaussian_filter(subject - negative + config.nearness * nearer, config.smooth)

@@ -54,15 +54,27 @@ def nearer(potentials: np.ndarray) -> np.ndarray:
     return (first - second) / (np.abs(first) + np.abs(second) + 1e-12)
 
 
+def within(potentials: np.ndarray) -> np.ndarray:
+    """How far inside what the clicks reach a patch lies, in [0, 1): 0 outside, (H_p, W_p).
+
+    (u - t) / (u + t), u the summed potential and t Otsu's threshold of it. Below t it says nothing: another
+    part of the object may be as far along the walk as the ground is.
+    """
+    total = ndimage.gaussian_filter(potentials.sum(0), _SMOOTH)
+    if not np.ptp(total) > 0:
+        return np.zeros_like(total)
+    threshold = threshold_otsu(total)
+    return np.maximum(0, (total - threshold) / (total + threshold + 1e-12))
+
+
 def regions(potentials: np.ndarray, sides: Sequence[Sequence[Point]]) -> list[np.ndarray]:
     """`potentials` (2, H_p, W_p) and each side's points -> a mask (H_p, W_p) for each.
 
-    Where the summed potential passes Otsu's threshold, a patch is the side's with the highest potential;
-    components without a click in or next to them are dropped.
+    What lies `within` is the side's with the highest potential; components without a click in or next to
+    them are dropped.
     """
     grid = potentials.shape[1:]
-    total = ndimage.gaussian_filter(potentials.sum(0), _SMOOTH)
-    above = total > threshold_otsu(total) if np.ptp(total) > 0 else np.zeros(grid, dtype=bool)
+    above = within(potentials) > 0
     first, second = potentials
     owned = (first > second, second > first)
     return [

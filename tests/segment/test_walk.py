@@ -1,10 +1,12 @@
 """The random walk on hand-made patches: a region is a matter of the object, not of where in it one clicks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from p3s_cli.config import MaskConfig
-from p3s_cli.segment import walk
+from p3s_cli.segment import prototypes, walk
 from p3s_cli.segment.prototypes import compete, unit
 
 
@@ -72,3 +74,24 @@ def test_between_twins_the_walk_decides_and_not_the_straight_line():
     near = walk.nearer(walk.potentials(features, [p, n]))
     assert (near[plan == 1] > 0).all() and (near[plan == 2] < 0).all() and np.abs(near).max() <= 1
     assert np.allclose(near, -walk.nearer(walk.potentials(features, [n, p])))
+
+
+def test_within_is_relative_and_above_zero_just_in_the_regions():
+    features, plan = scene()
+    sides = [[at(7, 5)], [at(7, 17)]]
+    potentials = walk.potentials(features, sides)
+    inside = walk.within(potentials)
+    assert (0 <= inside).all() and (inside < 1).all()
+    assert np.allclose(inside, walk.within(7 * potentials), atol=1e-6)  # (u - t) / (u + t) has no unit
+    assert np.array_equal(inside, walk.within(potentials[::-1]))  # either side's clicks count the same
+    first, second = walk.regions(potentials, sides)
+    assert not inside[plan == 0].any() and (inside[first | second] > 0).all()
+
+
+def test_where_likeness_says_nothing_the_walk_says_what_is_an_object():
+    # every patch the same, so that it is as near to the object's prototype as to the background's
+    features, inside = np.ones((8, 8, 2)) / np.sqrt(2), np.zeros((8, 8))
+    inside[2:5, 2:6] = 0.5
+    alike, no_blur = [features[0, :1], features[0, :0]], replace(MaskConfig(), smooth=1e-3)
+    won = prototypes._judge(features, alike, features[0, :1], inside, np.ones((8, 8)), no_blur)
+    assert np.array_equal(won.subject, inside > 0)
