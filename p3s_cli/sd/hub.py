@@ -126,9 +126,10 @@ def load(kind: Any, part: Part, fetch: str = "p3s fetch", **options: Any) -> Any
 
 def _online(get: Callable[[dict], Any], tries: Sequence[dict], name: str, fetch: str = "p3s fetch") -> Any:
     switch = " (HF_HUB_OFFLINE is set)" if offline() else ""
+    without = "" if "world" in fetch.split() else " (--model world needs neither)"
     sentence = (
         f"{name} is not on this machine and cannot be fetched without a network{switch}; "
-        f"fetch it with `{fetch}` where there is one (--model world needs neither)"
+        f"fetch it with `{fetch}` where there is one{without}"
     )
     if offline() or not _reachable():
         raise InputError(sentence)
