@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def test_sizes_at_the_exact_shape_of_sd15():
     """fp16: two bytes a parameter, 579.4 M of the copy and 2 x 12.4 M of zero convolutions; the default rank
-    stays under 100 MB, and a matrix (m, n) takes r (m + n) numbers."""
+    stays under 100 MB, and a matrix (m, n) takes r (m + n + 4) bytes."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(single_file.CONFIGS / "unet"))
         control = P3SControl(unet, 1024, ControlConfig())
@@ -90,6 +90,21 @@ def test_a_low_rank_export_is_smaller_and_says_how_much_it_leaves_out(tuned, wor
     assert errors[1] < errors[0] < 1
 
 
+def test_eight_bits_round_each_direction_to_half_a_step_of_its_own():
+    """|U V - U_q s V_q| <= sum_k (a_k |V| / 2 + b_k |U| / 2 + a_k b_k / 4), a and b a 127th of the largest of each."""
+    g = torch.Generator().manual_seed(0)
+    matrix = torch.randn(40, 6, generator=g) * torch.tensor([1e4, 1, 1e-2, 1, 1, 0]) @ torch.randn(6, 90, generator=g)
+    u, v = lowrank.factors(matrix, 6)
+    parts = {f"x.{n}": t for n, t in lowrank._in_eight_bits(matrix, 6).items()}
+    a, b = u.abs().amax(0) / 127, v.abs().amax(1) / 127
+    bound = (a * 0.5) @ v.abs() + u.abs() @ (b[:, None] * 0.5) + (a * b / 4).sum()
+    difference = (lowrank._product(parts, "x") - u @ v).abs()
+    assert (difference <= 1.001 * bound).all() and difference.max() > 0
+    assert parts["x.u"].dtype == torch.int8 and {int(parts[f"x.{n}"].abs().max()) for n in "uv"} == {127}
+    zero = {f"x.{n}": t for n, t in lowrank._in_eight_bits(torch.zeros(4, 9), 2).items()}
+    assert (lowrank._product(zero, "x") == 0).all()
+
+
 def test_another_base_and_another_file_are_refused(tuned, world, tmp_path):
     out = stages.export_subject(tuned / "pet", tuned / "x.p3s.safetensors", family=world)
     other = load("world", device="cpu")
@@ -120,7 +135,7 @@ def bomb(side):
 
 MASK = "reference/0/subject"
 HOSTILE = {
-    "of a later format": (lambda t, d: d.update(format=2), "its format is 2"),
+    "of a later format": (lambda t, d: d.update(format=FORMAT + 1), f"its format is {FORMAT + 1}"),
     "without a description": (lambda t, d: d.clear(), "its format is None"),
     "no rank": (lambda t, d: d.update(rank="many"), "rank"),
     "no base": (lambda t, d: d["finetune"].pop("base"), "names no base"),
@@ -130,7 +145,7 @@ HOSTILE = {
     "a reference of another size": (lambda t, d: d["references"][0].update(width=65), "RGB of 64 x 64|L of 64 x 64"),
     "a tensor too few": (lambda t, d: t.pop(MASK), f"{MASK} is missing"),
     "a tensor too many": (lambda t, d: t.update({"../x": torch.ones(1)}), "../x is not expected"),
-    "a factor of another shape": (lambda t, d: t.update({name(t): torch.zeros(3, 2).half()}), r"F16\[3, 2\] instead"),
+    "a factor of another shape": (lambda t, d: t.update({name(t): torch.zeros(3, 2).half()}), r"F16\[3, 2\] instead of I8"),
     "no picture": (lambda t, d: t.update({MASK: torch.zeros(9, dtype=torch.uint8)}), "no readable picture"),
     "a bomb": (lambda t, d: t.update({MASK: bomb(2**30)}), "no readable picture"),
     "a bomb that was announced": (

@@ -17,7 +17,7 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File; default ./<subject>.p3s.safetensors.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the difference to the base; 48 is 73 MB on SD v1-5.")] = 48,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the difference to the base; 96 is 73 MB on SD v1-5.")] = 96,
     full: Annotated[bool, typer.Option("--full", help="The whole control in fp16 (1.2 GB on SD v1-5).")] = False,
     model: OtherModel = None,
     device: Device = "auto",

@@ -1,10 +1,11 @@
 """A trained control as a low-rank difference to what it started from.
 
-    W = W_0 + U V,   U (m, r), V (r, n): the r largest singular directions of W - W_0
+    W = W_0 + U diag(s) V,   U (m, r), V (r, n): the r largest singular directions of W - W_0
 
 W_0 is the frozen layer a weight of the copy was initialised from, and zero for the zero convolutions.
-Convolutions are matrices (out, in * k * k). Vectors, matrices that r(m + n) numbers would not make smaller,
-and the little RNGR encoder, which begins at random, are kept whole.
+Convolutions are matrices (out, in * k * k). The factors are in eight bits, each column of U and row of V in steps of its
+own, and s (r,) is the product of the two steps: at the same size, twice the rank of sixteen bits says more.
+Vectors, matrices that this would not make smaller, and the little RNGR encoder, which begins at random, are kept whole.
 """
 
 from __future__ import annotations
@@ -20,28 +21,35 @@ from p3s_cli.paper.subject_copy import frozen_name
 _COPY = "copy."
 _FACTORED = (_COPY, "zero_")  # what has a known beginning
 _OVERSAMPLE, _ITERATIONS = 8, 4  # of the randomised SVD
-RANK = 48  # 73 MB at SD v1-5's shape
+RANK = 96  # 73 MB at SD v1-5's shape
+_SMALLEST = 1e-30  # step, of a direction in which nothing differs
 
 
 def split(tensors: Mapping[str, Tensor], unet: UNet2DConditionModel, rank: int = RANK) -> dict[str, Tensor]:
-    """The difference to the base: `<name>` for what stays whole, `<name>.u` and `<name>.v` for what does not, fp16."""
+    """The difference to the base: `<name>` in fp16 for what stays whole, `<name>.u`, `.v`, `.s` for what does not."""
     parts = {}
     for name, tensor in tensors.items():
         difference = tensor.float() - _start(name, tensor, unet)
         if worthwhile(name, tensor.shape, rank):
-            u, v = factors(difference.flatten(1), rank)
-            parts |= {f"{name}.u": u.half(), f"{name}.v": v.half()}
+            parts |= {f"{name}.{part}": t for part, t in _in_eight_bits(difference.flatten(1), rank).items()}
         else:
             parts[name] = difference.half()
     return parts
 
 
-def layout(shapes: Mapping[str, torch.Size], rank: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What `split` makes of tensors of these shapes, or of none of them without a rank: name -> dtype and shape."""
+def layout(
+    shapes: Mapping[str, torch.Size], rank: int | None, eight_bits: bool = True
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What `split` makes of tensors of these shapes, or of none of them without a rank: name -> dtype and shape.
+
+    Without `eight_bits`, what it made in the days of format 1.
+    """
     found = {}
     for name, shape in shapes.items():
-        if rank is not None and worthwhile(name, shape, rank):
-            found |= {f"{name}.u": ("F16", (shape[0], rank)), f"{name}.v": ("F16", (rank, shape[1:].numel()))}
+        if rank is not None and worthwhile(name, shape, rank, eight_bits):
+            r, kind = min(rank, shape[0], shape[1:].numel()), "I8" if eight_bits else "F16"
+            found |= {f"{name}.u": (kind, (shape[0], r)), f"{name}.v": (kind, (r, shape[1:].numel()))}
+            found |= {f"{name}.s": ("F32", (r,))} if eight_bits else {}
         else:
             found[name] = ("F16", tuple(shape))
     return found
@@ -54,7 +62,7 @@ def join(
     tensors = {}
     for name, shape in shapes.items():
         if f"{name}.u" in parts:
-            difference = (parts[f"{name}.u"].float() @ parts[f"{name}.v"].float()).view(shape)
+            difference = _product(parts, name).view(shape)
         else:
             difference = parts[name].float().view(shape)
         tensors[name] = (_start(name, difference, unet) + difference).half()
@@ -70,6 +78,18 @@ def _start(name: str, like: Tensor, unet: UNet2DConditionModel) -> Tensor:
     )
 
 
+def _in_eight_bits(matrix: Tensor, rank: int) -> dict[str, Tensor]:
+    u, v = factors(matrix, min(rank, *matrix.shape))
+    steps = u.abs().amax(0).clamp(min=_SMALLEST) / 127, v.abs().amax(1).clamp(min=_SMALLEST) / 127
+    u, v = (u / steps[0]).round().to(torch.int8), (v / steps[1][:, None]).round().to(torch.int8)
+    return {"u": u, "v": v.contiguous(), "s": steps[0] * steps[1]}
+
+
+def _product(parts: Mapping[str, Tensor], name: str) -> Tensor:
+    u, v = parts[f"{name}.u"].float(), parts[f"{name}.v"].float()
+    return (u * parts[f"{name}.s"] if f"{name}.s" in parts else u) @ v
+
+
 def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """U (m, r) and V (r, n) with the singular values' roots in each; the same on every call."""
     if min(matrix.shape) <= 4 * rank:
@@ -83,21 +103,28 @@ def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * root, (v[:, :rank] * root).T
 
 
-def worthwhile(name: str, shape: torch.Size, rank: int) -> bool:
-    """Whether this tensor goes in as two factors, which then hold fewer numbers than it."""
-    rows, columns = shape[0] if len(shape) else 1, shape[1:].numel()
-    return name.startswith(_FACTORED) and len(shape) > 1 and rank * (rows + columns) < rows * columns
+def worthwhile(name: str, shape: torch.Size, rank: int, eight_bits: bool = True) -> bool:
+    """Whether this tensor goes in as two factors, which then take fewer bytes than it."""
+    if not name.startswith(_FACTORED) or len(shape) < 2:
+        return False
+    rows, columns = shape[0], shape[1:].numel()
+    return (_bytes(rows, columns, rank) if eight_bits else 2 * rank * (rows + columns)) < 2 * rows * columns
+
+
+def _bytes(rows: int, columns: int, rank: int) -> int:
+    """Of a matrix's factors, with a float32 for each direction."""
+    return min(rank, rows, columns) * (rows + columns + 4)
 
 
 def size(shapes: Mapping[str, torch.Size], rank: int | None) -> int:
     """Bytes of a control's tensors in fp16; with a rank, of its low-rank difference."""
 
-    def numbers(name: str, shape: torch.Size) -> int:
+    def taken(name: str, shape: torch.Size) -> int:
         if rank is None or not worthwhile(name, shape, rank):
-            return shape.numel()
-        return rank * (shape[0] + shape[1:].numel())
+            return 2 * shape.numel()
+        return _bytes(shape[0], shape[1:].numel(), rank)
 
-    return 2 * sum(numbers(name, shape) for name, shape in shapes.items())
+    return sum(taken(name, shape) for name, shape in shapes.items())
 
 
 def error(tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor], unet: UNet2DConditionModel) -> float:
@@ -106,6 +133,6 @@ def error(tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor], unet: UNet
     for name, tensor in tensors.items():
         if f"{name}.u" in parts:
             difference = (tensor.float() - _start(name, tensor, unet)).flatten(1)
-            left += (difference - parts[f"{name}.u"].float() @ parts[f"{name}.v"].float()).square().sum().item()
+            left += (difference - _product(parts, name)).square().sum().item()
             total += difference.square().sum().item()
     return (left / total) ** 0.5 if total else 0.0

@@ -30,7 +30,7 @@ from p3s_cli.sd.weights import load_metadata, load_tensors, save_tensors
 from p3s_cli.stages.progress import Progress, silent
 from p3s_cli.subject import CONTROL, Manifest, Reference, Stage, Subject, hashes, mask_layout
 
-FORMAT = 1
+FORMAT = 2  # factors in eight bits; 1, in sixteen, is read too
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ class _Exported(BaseModel):
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
+    format: int
     rank: int | None = Field(gt=0)
     class_word: str = Field(min_length=1)
     identifier: str = Field(min_length=1)
@@ -174,8 +175,10 @@ def _described(file: Path) -> _Exported:
     """Raises InputError if the file holds no description that p3s export wrote."""
     metadata = load_metadata(file)
     try:
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"its format is {metadata.get('format')!r:.20}, and this version of p3s reads {FORMAT}")
+        if metadata.get("format") not in range(1, FORMAT + 1):
+            raise ValueError(
+                f"its format is {metadata.get('format')!r:.20}, and this version of p3s reads up to {FORMAT}"
+            )
         described = _Exported.model_validate(metadata)
         if not all(isinstance(described.finetune.get(name), str) for name in ("base", "base_fingerprint")):
             raise ValueError("it names no base")
@@ -188,7 +191,9 @@ def _described(file: Path) -> _Exported:
 
 def _layout(described: _Exported, shapes: dict[str, torch.Size]) -> dict[str, tuple[str, tuple[int | None, ...]]]:
     """What the file must hold: the control of these shapes, and each reference's tensors, pixels packed."""
-    wanted: dict[str, tuple[str, tuple[int | None, ...]]] = dict(lowrank.layout(shapes, described.rank))
+    wanted: dict[str, tuple[str, tuple[int | None, ...]]] = dict(
+        lowrank.layout(shapes, described.rank, described.format > 1)
+    )
     for i, kept in enumerate(described.references):
         for name, (dtype, shape) in mask_layout(kept).items():
             wanted[f"reference/{i}/{name}"] = (dtype, (None,) if dtype == "U8" else shape)
