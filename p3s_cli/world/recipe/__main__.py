@@ -17,10 +17,17 @@ from pathlib import Path
 import torch
 
 from p3s_cli.world.recipe.autoencoder import stage_vae
-from p3s_cli.world.recipe.contrast import stage_clip, stage_tokenizer, stage_vision, stage_vision_long
+from p3s_cli.world.recipe.contrast import (
+    stage_clip,
+    stage_tokenizer,
+    stage_vision,
+    stage_vision_head,
+    stage_vision_long,
+)
 from p3s_cli.world.recipe.denoiser import stage_unet, stage_unet_detail, stage_unet_long, stage_unet_pattern
 from p3s_cli.world.recipe.export import stage_export, stage_reopen
-from p3s_cli.world.recipe.readers import stage_identity, stage_labels
+from p3s_cli.world.recipe.readers import stage_identity, stage_labels, stage_labels_long
+from p3s_cli.world.recipe.reward import stage_reward, stage_unet_reward
 from p3s_cli.world.recipe.words import stage_words
 from p3s_cli.world.recipe.workshop import SCENES, Workshop
 
@@ -31,11 +38,15 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "words": stage_words,
     "vision": stage_vision,
     "vision_long": stage_vision_long,
+    "vision_head": stage_vision_head,
     "unet": stage_unet,
     "unet_long": stage_unet_long,
     "unet_detail": stage_unet_detail,
     "unet_pattern": stage_unet_pattern,
+    "reward": stage_reward,
+    "unet_reward": stage_unet_reward,
     "labels": stage_labels,
+    "labels_long": stage_labels_long,
     "identity": stage_identity,
     "export": stage_export,
 }

@@ -54,6 +54,19 @@ def stage_vision_long(shop: Workshop) -> None:
     )
 
 
+def stage_vision_head(shop: Workshop) -> None:
+    """The vision tower's last layer and projection go on alone: what outlines mean is left to learn, not to see.
+
+    Masks read the layers below, which stay as they are.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
+    clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device).requires_grad_(False)
+    for part in (clip.vision_model.encoder.layers[-1], clip.vision_model.post_layernorm, clip.visual_projection):
+        part.requires_grad_(True)
+    wordings: tuple[Wording, ...] = ("kind", "kind", "kind", "full", "place")
+    _contrast(shop, "vision_head", clip, tokenizer, lambda progress: 1.0, alike=0.5, wordings=wordings)
+
+
 def _contrast(
     shop: Workshop,
     stage: str,

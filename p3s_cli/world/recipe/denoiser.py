@@ -113,6 +113,43 @@ class Shelf:
         return self.subjects[index].float() / 255
 
 
+class Teacher:
+    """What noise prediction is taught with: the text tower, the schedule, the loss."""
+
+    def __init__(self, shop: Workshop, unet: UNet2DConditionModel):
+        self.shop, self.unet = shop, unet
+        self.tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
+        self.text_model = CLIPModel.from_pretrained(shop.family / "clip").text_model.to(shop.device).eval()
+        self.scheduler = models.build_scheduler()
+        self.alphas = self.scheduler.alphas_cumprod.to(shop.device)
+        self._predict = torch.compile(unet) if shop.compiled else unet
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> Tensor:
+        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return self.text_model(ids.to(self.shop.device)).last_hidden_state
+
+    def predict(self, x: Tensor, t: Tensor, captions: list[str]) -> Tensor:
+        """The predicted noise, in float32."""
+        with self.shop.autocast():
+            return self._predict(x, t, self.encode(captions)).sample.float()
+
+    def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The noisy states x_t of a batch, and the noise that leads from them to its latents."""
+        x0, noised, noise, t = (x.to(self.shop.device) for x in (batch.latents, batch.noised, batch.noise, batch.t))
+        return self.scheduler.add_noise(noised, noise, t), noise + self._snr(t).sqrt().view(-1, 1, 1, 1) * (noised - x0)
+
+    def loss(self, eps: Tensor, target: Tensor, batch: Batch, subject_weight: float) -> Tensor:
+        """Min-SNR weights (arXiv:2303.09556, gamma 5); inside subjects the error weighs so many times more."""
+        weight = 1 + (subject_weight - 1) * batch.subjects.to(self.shop.device)
+        error = (weight * (eps - target).square()).mean((1, 2, 3)) / weight.mean((1, 2, 3))
+        snr = self._snr(batch.t.to(self.shop.device))
+        return (error * snr.clamp(max=5) / snr).mean()
+
+    def _snr(self, t: Tensor) -> Tensor:
+        return self.alphas[t] / (1 - self.alphas[t])
+
+
 def _denoise(
     shop: Workshop,
     stage: str,
@@ -121,33 +158,19 @@ def _denoise(
     detail: float = 0.0,
     alike: float = 0.0,
 ) -> None:
-    """Noise prediction with min-SNR weights (arXiv:2303.09556, gamma 5); `alike` is the share of `draw_alike`."""
-    tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
-    text_model = CLIPModel.from_pretrained(shop.family / "clip").text_model.to(shop.device).eval()
-    scheduler = models.build_scheduler()
+    """Noise prediction; `alike` is the share of `draw_alike`."""
+    teacher = Teacher(shop, unet)
     shelf = Shelf(shop, shop.pool, "latents")
     fours = Shelf(shop, shop.patterns, "latents_patterns") if alike else None
     together = int(alike * BATCH[stage])
-    alphas = scheduler.alphas_cumprod.to(shop.device)
-    predict = torch.compile(unet) if shop.compiled else unet
-
-    @torch.no_grad()
-    def encode(captions: list[str]) -> Tensor:
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return text_model(ids.to(shop.device)).last_hidden_state
 
     def loss(step: int, generator: torch.Generator):
         batch = shelf.draw(BATCH[stage] - together, detail, generator)
         if fours:
             batch = batch + fours.draw_alike(together, generator)
-        x0, noised, noise, t = (x.to(shop.device) for x in (batch.latents, batch.noised, batch.noise, batch.t))
-        weight = 1 + (subject_weight - 1) * batch.subjects.to(shop.device)
-        with shop.autocast():
-            eps = predict(scheduler.add_noise(noised, noise, t), t, encode(batch.captions)).sample
-        snr = alphas[t] / (1 - alphas[t])
-        target = noise + snr.sqrt().view(-1, 1, 1, 1) * (noised - x0)  # the noise that leads from x_t to x0
-        error = (weight * (eps.float() - target).square()).mean((1, 2, 3)) / weight.mean((1, 2, 3))
-        return (error * snr.clamp(max=5) / snr).mean(), {}
+        x, target = teacher.states(batch)
+        eps = teacher.predict(x, batch.t.to(shop.device), batch.captions)
+        return teacher.loss(eps, target, batch, subject_weight), {}
 
     shop.fit(stage, unet, loss, weight_decay=0.01, ema=0.999)
     unet.save_pretrained(shop.family / "unet")

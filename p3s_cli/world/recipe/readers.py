@@ -3,45 +3,54 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import ResNetForImageClassification
 
 from p3s_cli.world.readers import GROUPS, LABELS, build_identity_encoder, build_label_reader, true_labels
 from p3s_cli.world.recipe.workshop import BATCH, Workshop
 from p3s_cli.world.render import render
 from p3s_cli.world.scenes import ACCESSORIES, CATEGORIES, Scene, sample_instance, solo
 
-_DECODED = 8_000  # scenes of the pool that are also shown as the autoencoder gives them back
+_DECODED = 4  # one in so many scenes of the pool is also shown as the autoencoder gives it back
 _INDIVIDUALS, _PORTRAITS = 4_096, 4  # four pictures each, two of them through the autoencoder
 _TEMPERATURE = 0.1
 
 
 def stage_labels(shop: Workshop) -> None:
-    """In each group, cross-entropy with all that is true of a scene of one or two subjects, in equal shares."""
+    """What a scene of one or two subjects shows, from random weights."""
     torch.manual_seed(shop.seed)
-    reader = build_label_reader().to(shop.device, memory_format=torch.channels_last).train()
-    truth = torch.tensor([[float(x in true_labels(s)) for x in LABELS] for s in shop.pool.scenes])
+    _label(shop, "labels", build_label_reader())
+
+
+def stage_labels_long(shop: Workshop) -> None:
+    """The same reader goes on, for scenes it has not seen: give it more of them than `labels` had (`--scenes`)."""
+    _label(shop, "labels_long", ResNetForImageClassification.from_pretrained(shop.family / "readers/labels"))
+
+
+def _label(shop: Workshop, stage: str, reader: ResNetForImageClassification) -> None:
+    reader = reader.to(shop.device, memory_format=torch.channels_last).train()
+    truth = true_vectors(shop.pool.scenes)
     few = torch.tensor([i for i, s in enumerate(shop.pool.scenes) if len(s.subjects) < 3])
-    again = few[few < _DECODED]
+    again = few[few < len(shop.pool.scenes) // _DECODED]
     decoded = _decode(shop, shop.pool.images[again])
-    groups = [len(values) for values in GROUPS.values()]
 
     def loss(step: int, generator: torch.Generator):
-        half = BATCH["labels"] // 2
+        half = BATCH[stage] // 2
         plain = few[torch.randint(len(few), (half,), generator=generator)]
         passed = torch.randint(len(again), (half,), generator=generator)
         pixels = torch.cat((shop.pool.images[plain], decoded[passed]))
         with shop.autocast():
             logits = reader(_jitter(pixels, generator)).logits.float()
         wanted = torch.cat((truth[plain], truth[again[passed]])).to(shop.device)
-        pairs = zip(logits.split(groups, dim=1), wanted.split(groups, dim=1), strict=True)
-        losses = [F.cross_entropy(guess, true / true.sum(1, keepdim=True)) for guess, true in pairs]
-        return torch.stack(losses).sum(), {name: x.item() for name, x in zip(GROUPS, losses, strict=True)}
+        losses = misread(logits, wanted).mean(0)
+        return losses.sum(), dict(zip(GROUPS, losses.tolist(), strict=True))
 
-    shop.fit("labels", reader, loss, weight_decay=0.01, ema=0.0)
+    shop.fit(stage, reader, loss, weight_decay=0.01, ema=0.0)
     _settle(shop, reader, torch.cat((shop.pool.images[again], decoded)))
     reader.save_pretrained(shop.family / "readers/labels")
 
@@ -68,6 +77,24 @@ def stage_identity(shop: Workshop) -> None:
     shop.fit("identity", encoder, loss, weight_decay=0.01, ema=0.0)
     _settle(shop, encoder, portraits.flatten(0, 1))
     encoder.save_pretrained(shop.family / "readers/identity")
+
+
+def true_vectors(scenes: Sequence[Scene]) -> Tensor:
+    """(N, labels): one for each label that is true of a scene."""
+    return torch.tensor([[float(x in true_labels(s)) for x in LABELS] for s in scenes])
+
+
+def misread(logits: Tensor, truth: Tensor) -> Tensor:
+    """(B, groups): in each group, cross-entropy with all that is true of a scene, in equal shares.
+
+    Nothing true in a group: nothing to be misread, 0.
+    """
+    sizes = [len(values) for values in GROUPS.values()]
+    pairs = zip(logits.split(sizes, dim=1), truth.split(sizes, dim=1), strict=True)
+    losses = [
+        F.cross_entropy(guess, true / true.sum(1, keepdim=True).clamp(min=1), reduction="none") for guess, true in pairs
+    ]
+    return torch.stack(losses, dim=1)
 
 
 @torch.no_grad()

@@ -33,11 +33,15 @@ STEPS = {
     "words": 900,
     "vision": 900,
     "vision_long": 1_800,
+    "vision_head": 3_000,
     "unet": 4_800,
     "unet_long": 6_000,
     "unet_detail": 2_800,
     "unet_pattern": 4_500,
-    "labels": 3_000,
+    "reward": 3_000,
+    "unet_reward": 1_500,
+    "labels": 6_000,
+    "labels_long": 4_000,
     "identity": 1_200,
 }
 BATCH = {
@@ -46,11 +50,15 @@ BATCH = {
     "words": 128,
     "vision": 96,
     "vision_long": 96,
+    "vision_head": 96,
     "unet": 32,
     "unet_long": 32,
     "unet_detail": 32,
     "unet_pattern": 32,
+    "reward": 128,
+    "unet_reward": 48,
     "labels": 96,
+    "labels_long": 96,
     "identity": 128,
 }
 LEARNING_RATE = {
@@ -59,11 +67,15 @@ LEARNING_RATE = {
     "words": 1e-3,
     "vision": 7e-4,
     "vision_long": 7e-4,
+    "vision_head": 1e-3,
     "unet": 5e-4,
     "unet_long": 5e-4,
     "unet_detail": 5e-4,
     "unet_pattern": 5e-4,
+    "reward": 2e-3,
+    "unet_reward": 2e-4,
     "labels": 3e-3,
+    "labels_long": 1.5e-3,
     "identity": 2e-3,
 }
 SCENES = 32_000

@@ -1,0 +1,180 @@
+"""A reward for the U-Net: do its predictions show what the caption says (ReFL, arXiv:2304.05977)?
+
+The denoising loss hardly hears of a pattern, a fiftieth of it, and never sees the states that guidance leads to.
+So one network learns to read predictions, as latents, and the U-Net learns, in the states of its own sampling, to
+predict what reads as told. That reader is not the one that judges the family: another shape, other weights, other
+inputs. It is not shipped.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from p3s_cli.world.readers import GROUPS, LABELS
+from p3s_cli.world.recipe.denoiser import Shelf, Teacher
+from p3s_cli.world.recipe.readers import misread, true_vectors
+from p3s_cli.world.recipe.workshop import BATCH, Workshop
+from p3s_cli.world.scenes import Scene, caption
+
+_READ = 16_000  # predictions kept of either pool, to learn to read
+_PROMPTS, _SAMPLING_STEPS = 48, 20  # of one round of sampling
+_ROUND = 25  # training steps on the states of one
+_GUIDANCE = (1.0, 6.0)
+_FROM = 150  # below this timestep nothing that has a name is decided
+_OWN = 32  # of a batch, states of the U-Net's own sampling; the rest is noised scenes
+_WEIGHT = 0.1
+
+
+def stage_reward(shop: Workshop) -> None:
+    """Learn to read what the U-Net predicts for noised scenes, half of it without a caption, and clean latents."""
+    torch.manual_seed(shop.seed)
+    reader = _build_reader().to(shop.device, memory_format=torch.channels_last).train()
+    shelves = Shelf(shop, shop.pool, "latents"), Shelf(shop, shop.patterns, "latents_patterns")
+    teacher = Teacher(shop, UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device).eval())
+    latents, t, truth = (
+        torch.cat(parts) for parts in zip(*(_predictions(shop, teacher, s) for s in shelves), strict=True)
+    )
+
+    def loss(step: int, generator: torch.Generator):
+        index = torch.randint(len(latents), (BATCH["reward"],), generator=generator)
+        shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
+        x = latents[index] + 0.05 * torch.randn(latents[index].shape, generator=generator)
+        x = torch.roll(F.pad(x, (1, 1, 1, 1), mode="replicate"), shift, (2, 3))[..., 1:-1, 1:-1]
+        with shop.autocast():
+            logits = _read(reader, x.to(shop.device), t[index].to(shop.device))
+        losses = misread(logits, truth[index].to(shop.device))
+        return losses.sum(1).mean(), dict(zip(GROUPS, losses.mean(0).tolist(), strict=True))
+
+    shop.fit("reward", reader, loss, weight_decay=0.01, ema=0.0)
+    reader.save_pretrained(shop.work / "reward")
+
+
+def stage_unet_reward(shop: Workshop) -> None:
+    """The U-Net's last round: the reward in states of its own sampling, beside noise prediction on scenes.
+
+    Of a state x_t the prediction x0 is read without guidance, which would only sharpen what the words do.
+    """
+    unet = UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device)
+    teacher, shelf = Teacher(shop, unet), Shelf(shop, shop.pool, "latents")
+    reader = ResNetForImageClassification.from_pretrained(shop.work / "reward").to(shop.device).eval()
+    reader.requires_grad_(False)
+    own: list[Walks] = []
+
+    def loss(step: int, generator: torch.Generator):
+        if not own or step % _ROUND == 0:
+            own[:] = [Walks(teacher, shelf.pool.scenes, generator)]
+        batch = shelf.draw(BATCH["unet_reward"] - _OWN, 0.5, generator)
+        x, target = teacher.states(batch)
+        walked, walked_t, captions, truth = own[0].draw(_OWN, generator)
+        t = torch.cat((batch.t.to(shop.device), walked_t))
+        eps, own_eps = teacher.predict(torch.cat((x, walked)), t, batch.captions + captions).split(
+            (len(x), len(walked))
+        )
+        denoised = teacher.loss(eps, target, batch, subject_weight=6.0)
+        losses = misread(_read(reader, clean(teacher, walked, own_eps, walked_t), walked_t), truth).mean(0)
+        numbers = {"denoised": denoised.item(), **dict(zip(GROUPS, losses.tolist(), strict=True))}
+        return denoised + _WEIGHT * losses.sum(), numbers
+
+    shop.fit("unet_reward", unet, loss, weight_decay=0.01, ema=0.99)
+    unet.save_pretrained(shop.family / "unet")
+
+
+class Walks:
+    """The states of one round of guided sampling (DDIM), from captions that leave nothing out."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        teacher: Teacher,
+        scenes: list[Scene],
+        generator: torch.Generator,
+        prompts: int = _PROMPTS,
+        steps: int = _SAMPLING_STEPS,
+    ):
+        device = teacher.shop.device
+        told = _told(scenes, prompts, generator)
+        self.captions = [caption(s, 0, full=True) for s in told]
+        self.truth = named_vectors(told).to(device)
+        low, high = _GUIDANCE
+        self.guidance = (low + (high - low) * torch.rand(prompts, 1, 1, 1, generator=generator)).to(device)
+        teacher.scheduler.set_timesteps(steps)
+        self.t = teacher.scheduler.timesteps[teacher.scheduler.timesteps >= _FROM].to(device)
+        x, states = torch.randn(prompts, 4, 16, 16, generator=generator).to(device), []
+        for t in self.t:
+            states.append(x)
+            both = teacher.predict(torch.cat((x, x)), t.expand(2 * prompts), self.captions + prompts * [""])
+            words, free = both.chunk(2)
+            x = teacher.scheduler.step(free + self.guidance * (words - free), t, x).prev_sample
+        self.states = torch.stack(states, 1)
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str], Tensor]:
+        """States (n, 4, 16, 16), their t (n,), captions, and the labels these name (n, labels)."""
+        who = torch.randint(len(self.captions), (n,), generator=generator)
+        when = torch.randint(len(self.t), (n,), generator=generator)
+        return self.states[who, when], self.t[when], [self.captions[i] for i in who.tolist()], self.truth[who]
+
+
+def _told(scenes: list[Scene], n: int, generator: torch.Generator) -> list[Scene]:
+    """So many scenes, half of them of one subject, half of two kinds."""
+    one = [s for s in scenes if len(s.subjects) == 1]
+    two = [s for s in scenes if len(s.subjects) == 2 and len({p.instance.category for p in s.subjects}) == 2]
+    return [of[i] for of in (one, two) for i in torch.randint(len(of), (n // 2,), generator=generator).tolist()]
+
+
+def named_vectors(scenes: list[Scene]) -> Tensor:
+    """(N, labels): what a full caption says. A plain subject's pattern goes unnamed, so none in its scene counts."""
+    truth = true_vectors(scenes)
+    plain = truth[:, LABELS.index("pattern/plain")].bool()
+    patterns = torch.tensor([label.startswith("pattern/") for label in LABELS])
+    return truth.masked_fill(plain[:, None] & patterns, 0.0)
+
+
+def clean(teacher: Teacher, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """The x0 that a prediction of the noise in x_t amounts to (arXiv:2010.02502, eq. 9)."""
+    alpha = teacher.alphas[t].view(-1, 1, 1, 1)
+    return (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+
+
+def _build_reader() -> ResNetForImageClassification:
+    """A ResNet on latents enlarged four times, for its first layers halve twice, and t as a fifth channel."""
+    config = ResNetConfig(
+        num_channels=5, embedding_size=48, hidden_sizes=[48, 96, 160, 192], depths=[1, 1, 1, 1], layer_type="basic"
+    )
+    config.num_labels = len(LABELS)
+    return ResNetForImageClassification(config)
+
+
+def _read(reader: ResNetForImageClassification, x0: Tensor, t: Tensor) -> Tensor:
+    """Logits (B, labels) of latents predicted at t."""
+    level = (t.float() / 1000).view(-1, 1, 1, 1).expand(-1, 1, *x0.shape[2:])
+    shown = F.interpolate(torch.cat((x0, level), 1), scale_factor=4)
+    return reader(shown.contiguous(memory_format=torch.channels_last)).logits.float()
+
+
+@torch.no_grad()
+def _predictions(shop: Workshop, teacher: Teacher, shelf: Shelf) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (N, 4, 16, 16), their t (N,) and labels (N, L): of scenes with one or two subjects the U-Net's x0, at
+    uniform timesteps, and the true one at t = 0, in turn three to one."""
+    generator = torch.Generator().manual_seed(shop.seed)
+    few = torch.tensor([i for i, s in enumerate(shelf.pool.scenes) if len(s.subjects) < 3])
+    index = few[torch.randperm(len(few), generator=generator)[:_READ]]
+    t = torch.randint(_FROM, 1000, (len(index),), generator=generator)
+    silent = torch.rand(len(index), generator=generator) < 0.5
+    captions = [
+        "" if s else c
+        for s, c in zip(silent.tolist(), shelf.pool.captions(index, generator, complete=1.0), strict=True)
+    ]
+    found = []
+    for rows in torch.arange(len(index)).split(128):
+        x0, level = shelf.latents[index[rows]], t[rows].to(shop.device)
+        noise = torch.randn(x0.shape, generator=generator).to(shop.device)
+        x = teacher.scheduler.add_noise(x0.to(shop.device), noise, level)
+        eps = teacher.predict(x, level, [captions[i] for i in rows.tolist()])
+        found.append(clean(teacher, x, eps, level).cpu())
+    true = torch.arange(len(index)) % 4 == 0
+    latents = torch.where(true[:, None, None, None], shelf.latents[index], torch.cat(found))
+    return latents, t.masked_fill(true, 0), true_vectors([shelf.pool.scenes[i] for i in index.tolist()])
