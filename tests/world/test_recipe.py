@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import torch
-from transformers import CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 import p3s_cli
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.world.models import build_unet
+from p3s_cli.world.recipe.contrast import last_look
 from p3s_cli.world.recipe.export import stage_export, stage_reopen
 from p3s_cli.world.recipe.words import carry, phrases
 from p3s_cli.world.recipe.workshop import Workshop
@@ -55,3 +56,14 @@ def test_the_committed_family_is_exported_as_it_was_reopened(tmp_path: Path):
     for name in committed:
         theirs, ours = load_tensors(WEIGHTS / name)[0], load_tensors(tmp_path / "export" / name)[0]
         assert all(torch.equal(ours[k], t) for k, t in theirs.items()) and len(ours) == len(theirs)
+
+
+def test_the_last_look_is_the_towers_own():
+    """For the class token alone, computed from the states below the last layer: the same vectors."""
+    clip = CLIPModel.from_pretrained(WEIGHTS / "clip").float().eval()
+    pixels = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        whole = clip.vision_model(pixels, output_hidden_states=True)
+        expected = clip.visual_projection(whole.pooler_output)
+        found = last_look(clip, whole.hidden_states[-2])
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -25,7 +25,8 @@ def stage_clip(shop: Workshop) -> None:
     torch.manual_seed(shop.seed)
     tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     clip = models.build_clip(tokenizer).to(shop.device)
-    _contrast(shop, "clip", clip, tokenizer, shown=lambda progress: 0.25 if progress < 0.94 else 1.0, alike=0.0)
+    shown = _Glimpse(shop, "clip", clip, share=lambda progress: 0.25 if progress < 0.94 else 1.0)
+    _contrast(shop, "clip", clip, tokenizer, shown, alike=0.0)
 
 
 def stage_vision(shop: Workshop) -> None:
@@ -37,7 +38,8 @@ def stage_vision(shop: Workshop) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device)
     clip.text_model.requires_grad_(False)
-    _contrast(shop, "vision", clip, tokenizer, shown=lambda progress: 0.5 if progress < 0.75 else 1.0, alike=0.5)
+    shown = _Glimpse(shop, "vision", clip, share=lambda progress: 0.5 if progress < 0.75 else 1.0)
+    _contrast(shop, "vision", clip, tokenizer, shown, alike=0.5)
 
 
 def stage_vision_long(shop: Workshop) -> None:
@@ -48,10 +50,9 @@ def stage_vision_long(shop: Workshop) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device)
     clip.text_model.requires_grad_(False)
-    shown = lambda progress: 0.5 if progress < 0.8 else 1.0  # noqa: E731
-    _contrast(
-        shop, "vision_long", clip, tokenizer, shown, alike=0.5, wordings=("kind", "kind", "full", "full", "place")
-    )
+    shown = _Glimpse(shop, "vision_long", clip, share=lambda progress: 0.5 if progress < 0.8 else 1.0)
+    wordings: tuple[Wording, ...] = ("kind", "kind", "full", "full", "place")
+    _contrast(shop, "vision_long", clip, tokenizer, shown, alike=0.5, wordings=wordings)
 
 
 def stage_vision_head(shop: Workshop) -> None:
@@ -63,8 +64,60 @@ def stage_vision_head(shop: Workshop) -> None:
     clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device).requires_grad_(False)
     for part in (clip.vision_model.encoder.layers[-1], clip.vision_model.post_layernorm, clip.visual_projection):
         part.requires_grad_(True)
+    below = _below(shop, clip)
+
+    def look(index: Tensor, step: int, generator: torch.Generator) -> Tensor:
+        return last_look(clip, below[index].to(shop.device))
+
     wordings: tuple[Wording, ...] = ("kind", "kind", "kind", "full", "place")
-    _contrast(shop, "vision_head", clip, tokenizer, lambda progress: 1.0, alike=0.5, wordings=wordings)
+    _contrast(shop, "vision_head", clip, tokenizer, look, alike=0.5, wordings=wordings)
+
+
+class _Glimpse:
+    """Projected vectors (B, D) of scenes of which a share of the patches is shown, by progress."""
+
+    def __init__(self, shop: Workshop, stage: str, clip: CLIPModel, share: Callable[[float], float]):
+        self._shop, self._clip, self._share = shop, clip, share
+        self._steps = shop.steps or STEPS[stage]
+        self._patches = (SIZE // clip.config.vision_config.patch_size) ** 2
+
+    def __call__(self, index: Tensor, step: int, generator: torch.Generator) -> Tensor:
+        shown = round(self._share(step / self._steps) * self._patches)
+        order = torch.randperm(self._patches, generator=generator)[:shown] + 1
+        keep = torch.cat((torch.zeros(1, dtype=torch.long), order)).to(self._shop.device)
+        tower = self._clip.vision_model
+        hidden = tower.pre_layrnorm(tower.embeddings(self._shop.pool.pixels(index))[:, keep])
+        hidden = tower.encoder(inputs_embeds=hidden).last_hidden_state
+        return self._clip.visual_projection(tower.post_layernorm(hidden[:, 0]))
+
+
+@torch.no_grad()
+def _below(shop: Workshop, clip: CLIPModel) -> Tensor:
+    """(N, 257, D), what reaches the last layer from every scene of the pool; half precision, for it is gigabytes."""
+    found = []
+    for rows in torch.arange(len(shop.pool.scenes)).split(64):
+        with shop.autocast():
+            states = clip.vision_model(shop.pool.pixels(rows), output_hidden_states=True).hidden_states
+        found.append(states[-2].half().cpu())
+    return torch.cat(found)
+
+
+def last_look(clip: CLIPModel, below: Tensor) -> Tensor:
+    """Projected vectors (B, D) from what reaches the last layer (B, 257, D), computed for the class token alone."""
+    tower, layer = clip.vision_model, clip.vision_model.encoder.layers[-1]
+    attention, known = layer.self_attn, layer.layer_norm1(below.float())
+    query, key, value = (
+        projection(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for projection, x in (
+            (attention.q_proj, known[:, :1]),
+            (attention.k_proj, known),
+            (attention.v_proj, known),
+        )
+    )
+    seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    hidden = below[:, :1].float() + attention.out_proj(seen)
+    hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+    return clip.visual_projection(tower.post_layernorm(hidden[:, 0]))
 
 
 def _contrast(
@@ -72,34 +125,24 @@ def _contrast(
     stage: str,
     clip: CLIPModel,
     tokenizer: CLIPTokenizer,
-    shown: Callable,
+    look: Callable[[Tensor, int, torch.Generator], Tensor],
     alike: float,
     wordings: tuple[Wording, ...] = ("full",),
 ) -> None:
     """Train `clip` by symmetric contrast, in which equal captions are each other's positives (arXiv:2204.03610).
 
-    `shown` gives the share of patches by progress, `alike` the share of one-background batches; each
-    batch draws one of `wordings`.
+    `look` gives the vectors of scenes, `alike` the share of one-background batches; each batch draws one of
+    `wordings`.
     """
-    steps = shop.steps or STEPS[stage]
-    patches = (SIZE // clip.config.vision_config.patch_size) ** 2
-
-    def image_vector(pixels: Tensor, keep: Tensor) -> Tensor:
-        tower = clip.vision_model
-        hidden = tower.pre_layrnorm(tower.embeddings(pixels)[:, keep])
-        hidden = tower.encoder(inputs_embeds=hidden).last_hidden_state
-        return clip.visual_projection(tower.post_layernorm(hidden[:, 0]))
 
     def loss(step: int, generator: torch.Generator):
         wording = wordings[int(torch.randint(len(wordings), (1,), generator=generator))]
         one_place = wording != "place" and torch.rand(1, generator=generator).item() < alike
         index = (shop.pool.draw_alike if one_place else shop.pool.draw)(BATCH[stage], generator)
-        order = torch.randperm(patches, generator=generator)[: round(shown(step / steps) * patches)] + 1
-        keep = torch.cat((torch.zeros(1, dtype=torch.long), order)).to(shop.device)
         captions = shop.pool.captions(index, generator, wording)
         tokens = tokenizer(captions, padding=True, return_tensors="pt").to(shop.device)
         with shop.autocast():
-            image = F.normalize(image_vector(shop.pool.pixels(index), keep).float(), dim=-1)
+            image = F.normalize(look(index, step, generator).float(), dim=-1)
             text = clip.text_projection(clip.text_model(**tokens).pooler_output).float()
         logits = clip.logit_scale.clamp(max=4.6).exp() * image @ F.normalize(text, dim=-1).T
         equal = torch.tensor([[float(a == b) for b in captions] for a in captions], device=shop.device)

@@ -122,7 +122,7 @@ class Teacher:
         self.text_model = CLIPModel.from_pretrained(shop.family / "clip").text_model.to(shop.device).eval()
         self.scheduler = models.build_scheduler()
         self.alphas = self.scheduler.alphas_cumprod.to(shop.device)
-        self._predict = torch.compile(unet) if shop.compiled else unet
+        self._predict = torch.compile(unet, dynamic=False) if shop.compiled else unet
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Tensor:
@@ -137,16 +137,17 @@ class Teacher:
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The noisy states x_t of a batch, and the noise that leads from them to its latents."""
         x0, noised, noise, t = (x.to(self.shop.device) for x in (batch.latents, batch.noised, batch.noise, batch.t))
-        return self.scheduler.add_noise(noised, noise, t), noise + self._snr(t).sqrt().view(-1, 1, 1, 1) * (noised - x0)
+        return self.scheduler.add_noise(noised, noise, t), noise + self.snr(t).sqrt().view(-1, 1, 1, 1) * (noised - x0)
 
     def loss(self, eps: Tensor, target: Tensor, batch: Batch, subject_weight: float) -> Tensor:
         """Min-SNR weights (arXiv:2303.09556, gamma 5); inside subjects the error weighs so many times more."""
         weight = 1 + (subject_weight - 1) * batch.subjects.to(self.shop.device)
         error = (weight * (eps - target).square()).mean((1, 2, 3)) / weight.mean((1, 2, 3))
-        snr = self._snr(batch.t.to(self.shop.device))
+        snr = self.snr(batch.t.to(self.shop.device))
         return (error * snr.clamp(max=5) / snr).mean()
 
-    def _snr(self, t: Tensor) -> Tensor:
+    def snr(self, t: Tensor) -> Tensor:
+        """The signal-to-noise ratio at t."""
         return self.alphas[t] / (1 - self.alphas[t])
 
 

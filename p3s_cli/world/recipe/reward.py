@@ -20,13 +20,13 @@ from p3s_cli.world.recipe.readers import misread, true_vectors
 from p3s_cli.world.recipe.workshop import BATCH, Workshop
 from p3s_cli.world.scenes import Scene, caption
 
-_READ = 16_000  # predictions kept of either pool, to learn to read
+_READ = 16_000  # scenes of either pool whose predictions are kept, to learn to read
 _PROMPTS, _SAMPLING_STEPS = 48, 20  # of one round of sampling
 _ROUND = 25  # training steps on the states of one
 _GUIDANCE = (1.0, 6.0)
 _FROM = 150  # below this timestep nothing that has a name is decided
 _OWN = 32  # of a batch, states of the U-Net's own sampling; the rest is noised scenes
-_WEIGHT = 0.1
+_WEIGHT = 0.02  # its gradient is then about twice that of the denoising loss
 
 
 def stage_reward(shop: Workshop) -> None:
@@ -35,9 +35,8 @@ def stage_reward(shop: Workshop) -> None:
     reader = _build_reader().to(shop.device, memory_format=torch.channels_last).train()
     shelves = Shelf(shop, shop.pool, "latents"), Shelf(shop, shop.patterns, "latents_patterns")
     teacher = Teacher(shop, UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device).eval())
-    latents, t, truth = (
-        torch.cat(parts) for parts in zip(*(_predictions(shop, teacher, s) for s in shelves), strict=True)
-    )
+    pairs = [_predictions(shop, teacher, shelf) for shelf in shelves]
+    latents, t, truth = (torch.cat(parts) for parts in zip(*pairs, strict=True))
 
     def loss(step: int, generator: torch.Generator):
         index = torch.randint(len(latents), (BATCH["reward"],), generator=generator)
@@ -75,9 +74,11 @@ def stage_unet_reward(shop: Workshop) -> None:
             (len(x), len(walked))
         )
         denoised = teacher.loss(eps, target, batch, subject_weight=6.0)
-        losses = misread(_read(reader, clean(teacher, walked, own_eps, walked_t), walked_t), truth).mean(0)
-        numbers = {"denoised": denoised.item(), **dict(zip(GROUPS, losses.tolist(), strict=True))}
-        return denoised + _WEIGHT * losses.sum(), numbers
+        losses = misread(_read(reader, clean(teacher, walked, own_eps, walked_t), walked_t), truth)
+        # an x0 moves 1 / sqrt(SNR) times as far as the noise does: noisy states would be all that is heard
+        heard = teacher.snr(walked_t).sqrt().clamp(max=1)
+        numbers = {"denoised": denoised.item(), **dict(zip(GROUPS, losses.mean(0).tolist(), strict=True))}
+        return denoised + _WEIGHT * (heard * losses.sum(1)).mean(), numbers
 
     shop.fit("unet_reward", unet, loss, weight_decay=0.01, ema=0.99)
     unet.save_pretrained(shop.family / "unet")
@@ -142,7 +143,7 @@ def clean(teacher: Teacher, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 def _build_reader() -> ResNetForImageClassification:
     """A ResNet on latents enlarged four times, for its first layers halve twice, and t as a fifth channel."""
     config = ResNetConfig(
-        num_channels=5, embedding_size=48, hidden_sizes=[48, 96, 160, 192], depths=[1, 1, 1, 1], layer_type="basic"
+        num_channels=5, embedding_size=96, hidden_sizes=[96, 160, 224], depths=[3, 2, 2], layer_type="basic"
     )
     config.num_labels = len(LABELS)
     return ResNetForImageClassification(config)
@@ -158,7 +159,7 @@ def _read(reader: ResNetForImageClassification, x0: Tensor, t: Tensor) -> Tensor
 @torch.no_grad()
 def _predictions(shop: Workshop, teacher: Teacher, shelf: Shelf) -> tuple[Tensor, Tensor, Tensor]:
     """Latents (N, 4, 16, 16), their t (N,) and labels (N, L): of scenes with one or two subjects the U-Net's x0, at
-    uniform timesteps, and the true one at t = 0, in turn three to one."""
+    uniform timesteps, and the true one at t = 0, in turn."""
     generator = torch.Generator().manual_seed(shop.seed)
     few = torch.tensor([i for i, s in enumerate(shelf.pool.scenes) if len(s.subjects) < 3])
     index = few[torch.randperm(len(few), generator=generator)[:_READ]]
@@ -168,13 +169,11 @@ def _predictions(shop: Workshop, teacher: Teacher, shelf: Shelf) -> tuple[Tensor
         "" if s else c
         for s, c in zip(silent.tolist(), shelf.pool.captions(index, generator, complete=1.0), strict=True)
     ]
-    found = []
-    for rows in torch.arange(len(index)).split(128):
-        x0, level = shelf.latents[index[rows]], t[rows].to(shop.device)
-        noise = torch.randn(x0.shape, generator=generator).to(shop.device)
-        x = teacher.scheduler.add_noise(x0.to(shop.device), noise, level)
+    true = torch.arange(len(index)) % 2 == 0
+    latents = shelf.latents[index]
+    for rows in (~true).nonzero()[:, 0].split(128):
+        x0, level = latents[rows].to(shop.device), t[rows].to(shop.device)
+        x = teacher.scheduler.add_noise(x0, torch.randn(x0.shape, generator=generator).to(shop.device), level)
         eps = teacher.predict(x, level, [captions[i] for i in rows.tolist()])
-        found.append(clean(teacher, x, eps, level).cpu())
-    true = torch.arange(len(index)) % 4 == 0
-    latents = torch.where(true[:, None, None, None], shelf.latents[index], torch.cat(found))
+        latents[rows] = clean(teacher, x, eps, level).cpu()
     return latents, t.masked_fill(true, 0), true_vectors([shelf.pool.scenes[i] for i in index.tolist()])

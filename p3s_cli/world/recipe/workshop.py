@@ -33,7 +33,7 @@ STEPS = {
     "words": 900,
     "vision": 900,
     "vision_long": 1_800,
-    "vision_head": 3_000,
+    "vision_head": 6_000,
     "unet": 4_800,
     "unet_long": 6_000,
     "unet_detail": 2_800,
