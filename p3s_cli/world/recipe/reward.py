@@ -26,7 +26,7 @@ _ROUND = 25  # training steps on the states of one
 _GUIDANCE = (1.0, 6.0)
 _FROM = 150  # below this timestep nothing that has a name is decided
 _OWN = 32  # of a batch, states of the U-Net's own sampling; the rest is noised scenes
-_WEIGHT = 0.02  # its gradient is then about twice that of the denoising loss
+_WEIGHT = 0.03  # its gradient is then two or three times that of the denoising loss
 
 
 def stage_reward(shop: Workshop) -> None:
