@@ -15,8 +15,9 @@ from skimage.segmentation import random_walker, slic
 
 from p3s_cli.config import MaskConfig
 from p3s_cli.sd.vision import VisionTower
-from p3s_cli.segment import prototypes, walk
+from p3s_cli.segment import boundary, prototypes, walk
 from p3s_cli.segment import select as segment
+from p3s_cli.segment.boundary import refine
 from p3s_cli.segment.prototypes import holding
 
 _SUPERPIXEL = 12  # pixels across
@@ -35,7 +36,7 @@ class Choice:
     with_negative: bool = True
 
 
-def walker_edges(image, coarse, other, seeds, patch, band) -> np.ndarray:
+def walker_edges(image, coarse, other, agreed, seeds, patch, band) -> np.ndarray:
     """Instead of GrabCut: scikit-image's random walker on Lab colours in the same band."""
     inside, outside = ndimage.distance_transform_edt(coarse), ndimage.distance_transform_edt(~coarse)
     reach = min(band * patch, 0.6 * inside.max())
@@ -50,14 +51,14 @@ def walker_edges(image, coarse, other, seeds, patch, band) -> np.ndarray:
     return holding(walked | (inside > reach), inside > reach)
 
 
-def superpixel_edges(image, coarse, other, seeds, patch, band) -> np.ndarray:
+def superpixel_edges(image, coarse, other, agreed, seeds, patch, band) -> np.ndarray:
     """Instead of GrabCut: a superpixel (SLIC) belongs to the mask if most of it does."""
     found = slic(image, n_segments=coarse.size // _SUPERPIXEL**2, compactness=10, start_label=0)
     share = ndimage.mean(coarse, found, np.arange(found.max() + 1))
     return holding((share > 0.5)[found] & ~other, coarse)
 
 
-def grabcut_from_clicks(image, coarse, other, seeds, patch, band) -> np.ndarray:
+def grabcut_from_clicks(image, coarse, other, agreed, seeds, patch, band) -> np.ndarray:
     """GrabCut without any features: the clicks' patches are sure, all else is open."""
     dots = np.zeros_like(coarse)
     for seed in seeds:
@@ -68,6 +69,11 @@ def grabcut_from_clicks(image, coarse, other, seeds, patch, band) -> np.ndarray:
     models = np.zeros((1, 65)), np.zeros((1, 65))
     cv2.grabCut(np.ascontiguousarray(image[..., ::-1]), labels, None, *models, 3, cv2.GC_INIT_WITH_MASK)
     return holding((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD), dots)
+
+
+def sure_inside(image, coarse, other, agreed, *rest) -> np.ndarray:
+    """GrabCut with all that lies deep in the coarse mask sure, whatever the walk says."""
+    return refine(image, coarse, other, coarse, *rest)
 
 
 def no_regions(potentials: np.ndarray, sides: Sequence) -> list[np.ndarray]:
@@ -85,7 +91,7 @@ def walk_alone(features, positive, negative, config: MaskConfig) -> prototypes.C
     sides = [positive, negative]
     subject, other = walk.regions(walk.potentials(prototypes.unit(features), sides), sides)
     score = subject.astype(float) - other
-    return prototypes.Competition(subject, other, np.abs(score), score)
+    return prototypes.Competition(subject, other, np.abs(score), score, (subject, other))
 
 
 def whose_alone(features, objects, background, within, nearer, config) -> prototypes.Competition:
@@ -108,6 +114,8 @@ CHOICES = [
     Choice("edges: GrabCut, band 1", {"band": 1.0}),
     Choice("edges: GrabCut, band 1.5", {"band": 1.5}),
     Choice("edges: GrabCut, band 3.5", {"band": 3.5}),
+    Choice("edges: GrabCut at the photo's own size", swaps=((boundary, "_PATCH", 0.0),)),
+    Choice("edges: GrabCut, sure without the walk", swaps=((*_EDGES, sure_inside),)),
     Choice("start: the 3 x 3 patches at a click", swaps=((*_START, no_regions),)),
     Choice("start: all of the walk's region", swaps=((prototypes, "_core", whole_region),)),
     Choice("the walk's region alone, no prototypes", swaps=((segment, "agree", walk_alone),)),

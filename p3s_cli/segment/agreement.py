@@ -35,7 +35,7 @@ def agree(
     above, ownership = objectness > 0, together.ownership
     mean = Competition(above & (ownership > 0), above & (ownership < 0), objectness, ownership)
     masks = tied(mean, (positive, negative), (together.subject & above, together.negative & above))
-    return Competition(*masks, objectness, ownership)
+    return Competition(*masks, objectness, ownership, together.regions)
 
 
 def _alone(features, positive, negative, config: MaskConfig) -> Iterator[np.ndarray]:

@@ -12,29 +12,50 @@ from p3s_cli.segment.prototypes import holding
 
 _ROUNDS = 3  # of GrabCut
 _CONTEXT = 3  # patches of background around the band that its colour model learns from
+_PATCH = 16.0  # pixels a patch that GrabCut works at, at least
 
 
 def refine(
     image: np.ndarray,
     coarse: np.ndarray,
     other: np.ndarray,
+    agreed: np.ndarray,
     seeds: Sequence[tuple[int, int]],
     patch: float,
     band: float,
 ) -> np.ndarray:
     """Move the outline of `coarse` to the image's edges.
 
-    image (H, W, 3) uint8 RGB; coarse, other (H, W) bool, `other` being sure not to belong to it; seeds
-    (row, column) pixels that surely do; `patch` in pixels, `band` in patches: how far from the coarse
-    outline the edge may lie. Returns (H, W) bool: components with a seed or a part surely inside, small
-    holes closed.
+    image (H, W, 3) uint8 RGB; coarse, other, agreed (H, W) bool: `other` surely does not belong to it, and
+    of `coarse` only what is `agreed` (the walk leads there too) surely does; so do seeds, (row, column) of
+    pixels. `patch` in pixels, `band` in patches: how far from the coarse outline the edge may lie. Returns
+    (H, W) bool: components with a seed or a part surely inside, small holes closed.
+
+    GrabCut weighs colours, which count by area, against edges, which count by length: on a small photo
+    the same leg or handle is worth less of its outline, and is cut off. So small ones are enlarged first.
     """
+    scale = max(1.0, _PATCH / patch)
+    if scale == 1:
+        return _cut(image, coarse, other, agreed, seeds, patch, band)
+    size = (round(coarse.shape[1] * scale), round(coarse.shape[0] * scale))  # columns first, as cv2 has it
+    masks = (m.astype(np.float32) for m in (coarse, other, agreed))
+    large = [cv2.resize(m, size, interpolation=cv2.INTER_LINEAR) > 0.5 for m in masks]
+    spots = [(int((row + 0.5) * scale), int((column + 0.5) * scale)) for row, column in seeds]
+    image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    found = _cut(image, *large, spots, patch * scale, band).astype(np.float32)
+    return cv2.resize(found, coarse.shape[::-1], interpolation=cv2.INTER_AREA) > 0.5
+
+
+def _cut(image, coarse, other, agreed, seeds, patch: float, band: float) -> np.ndarray:
+    """`refine` at the image's own size."""
     inside, outside = ndimage.distance_transform_edt(coarse), ndimage.distance_transform_edt(~coarse)
     reach = band * patch
     labels = np.full(coarse.shape, cv2.GC_BGD, dtype=np.uint8)
     labels[outside <= reach] = cv2.GC_PR_BGD
     labels[coarse] = cv2.GC_PR_FGD
-    labels[inside > min(reach, 0.6 * inside.max())] = cv2.GC_FGD
+    deep = inside > min(reach, 0.6 * inside.max())
+    # ground that prototypes took along has its colour on both sides of the outline: left open, it goes
+    labels[deep & agreed if (deep & agreed).any() else deep] = cv2.GC_FGD
     labels[other] = cv2.GC_BGD
     dot = max(1, round(patch / 5))
     for row, column in seeds:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
@@ -31,12 +31,13 @@ _FRAME_SHARE = 0.4  # of the frame: objects that take more of it are suspected t
 @dataclass(frozen=True)
 class Competition:
     """Who won each patch. Masks (H_p, W_p) bool; `objectness` above 0 is an object, `ownership` above 0 the
-    subject's side."""
+    subject's side; `regions` is where the walk alone leads from each side's clicks."""
 
     subject: np.ndarray
     negative: np.ndarray
     objectness: np.ndarray
     ownership: np.ndarray
+    regions: tuple[np.ndarray, ...] = ()
 
 
 def compete(
@@ -66,7 +67,7 @@ def compete(
             found = _contest(features, sides, cores, counts, objects, background, walked, config)
         if (found.subject | found.negative)[frame].mean() <= _FRAME_SHARE:
             break
-    return found
+    return replace(found, regions=tuple(regions))
 
 
 def _core(region: np.ndarray, seeds: Sequence[tuple[int, int]], like_frame: np.ndarray) -> np.ndarray:

@@ -30,13 +30,15 @@ def select(
     won = agree(features.numpy(), positive, negative, config)
     pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
     coarse = [_enlarged(m.astype(np.float32), size) > 0.5 for m in (won.subject, won.negative)]
+    walked = [_enlarged(m.astype(np.float32), size) > 0.5 for m in won.regions]
     sides = [[patch_of(p, size) for p in points] for points in (positive, negative)]
     patch = max(size[0] / features.shape[0], size[1] / features.shape[1])
     masks = []
     for own, other, seeds in ((0, 1, sides[0]), (1, 0, sides[1])):
         for row, column in seeds:
             coarse[own][row, column], coarse[other][row, column] = True, False
-        masks.append(refine(pixels, coarse[own], coarse[other], seeds, patch, config.band) if seeds else coarse[own])
+        sure = coarse[other], walked[own]
+        masks.append(refine(pixels, coarse[own], *sure, seeds, patch, config.band) if seeds else coarse[own])
     subject, other = _without_overlap(*masks, _enlarged(won.ownership, size))
     return Selection(
         positive_map=similarity_map(features, positive),

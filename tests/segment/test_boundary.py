@@ -1,11 +1,17 @@
 """From a coarse outline to the edge in the image."""
 
+import cv2
 import numpy as np
+import pytest
 import torch
+from scipy import ndimage
 
 from p3s_cli.config import MaskConfig
+from p3s_cli.sd import images
 from p3s_cli.segment.boundary import refine
 from p3s_cli.segment.select import select
+from p3s_cli.world.render import click, render
+from p3s_cli.world.scenes import lookalike_scene
 
 
 def disk(shape=(96, 128), centre=(48, 60), radius=26):
@@ -28,15 +34,24 @@ def test_a_coarse_square_becomes_the_disk_that_is_there():
     coarse = np.zeros_like(truth)
     coarse[28:70, 38:84] = True
     assert overlap(coarse, truth) < 0.85
-    made = refine(picture(truth), coarse, np.zeros_like(truth), [(48, 60)], patch=8, band=2)
+    made = refine(picture(truth), coarse, np.zeros_like(truth), coarse, [(48, 60)], patch=8, band=2)
     assert overlap(made, truth) > 0.97
 
 
 def test_what_is_known_to_be_the_other_stays_out_although_it_looks_the_same():
     truth, other = disk(centre=(48, 40), radius=24), disk(centre=(48, 88), radius=24)  # they touch
     coarse, coarse_other = disk(centre=(48, 41), radius=22), disk(centre=(48, 89), radius=22)
-    made = refine(picture(truth | other), coarse, coarse_other, [(48, 40)], patch=8, band=2)
+    made = refine(picture(truth | other), coarse, coarse_other, coarse, [(48, 40)], patch=8, band=2)
     assert overlap(made, truth) > 0.85 and not (made & coarse_other).any()
+
+
+def test_ground_that_the_walk_does_not_lead_to_is_given_back():
+    truth = disk()
+    coarse = truth.copy()
+    coarse[30:90, 70:110] = True  # a piece of ground, too far from any outline to be in the band
+    image, nothing = picture(truth), np.zeros_like(truth)
+    alone, both = (refine(image, coarse, nothing, m, [(48, 60)], patch=8, band=1) for m in (coarse, truth))
+    assert overlap(alone, truth) < 0.8 and overlap(both, truth) > 0.97
 
 
 def test_islands_without_a_seed_go_and_pinholes_close():
@@ -44,13 +59,30 @@ def test_islands_without_a_seed_go_and_pinholes_close():
     image = picture(truth, noise=0)
     image[46:48, 58:60] = (60, 120, 180)  # a highlight of the background's colour inside
     coarse = truth | disk(centre=(10, 10), radius=8)
-    made = refine(image, coarse, np.zeros_like(truth), [(60, 60)], patch=8, band=2)
+    made = refine(image, coarse, np.zeros_like(truth), coarse, [(60, 60)], patch=8, band=2)
     assert not made[:24, :24].any() and made[47, 59]
 
 
 def test_a_mask_over_the_whole_image_is_left_alone():
     whole = np.ones((40, 40), dtype=bool)
-    assert refine(picture(whole), whole, ~whole, [(20, 20)], patch=8, band=2).all()
+    assert refine(picture(whole), whole, ~whole, whole, [(20, 20)], patch=8, band=2).all()
+
+
+@pytest.mark.parametrize(("seed", "category"), [(60_000_008, "dog"), (60_000_015, "teapot"), (60_000_035, "robot")])
+def test_a_small_photo_keeps_the_parts_that_the_same_photo_keeps_when_large(seed, category):
+    """How many pixels a patch has must not decide whether legs, handles and arms are worth their outline."""
+    pixels, masks = render([lookalike_scene(seed, category)])
+    photo, truth = np.asarray(images.to_pil(pixels[0])), masks[0, 0].numpy().astype(bool)
+    trunk = ndimage.binary_opening(truth, iterations=4)  # no thin part is in it
+    coarse = ndimage.binary_dilation(trunk, iterations=3)
+    column, row = map(int, click(masks[0, 0]))
+    small = refine(photo, coarse, np.zeros_like(truth), coarse, [(row, column)], patch=4, band=2.5)
+    size = (4 * truth.shape[1], 4 * truth.shape[0])
+    photo, coarse = cv2.resize(photo, size), cv2.resize(coarse.astype(np.float32), size) > 0.5
+    seeds = [(4 * row + 2, 4 * column + 2)]
+    large = refine(photo, coarse, np.zeros_like(coarse), coarse, seeds, patch=16, band=2.5).astype(np.float32)
+    large = cv2.resize(large, truth.shape[::-1], interpolation=cv2.INTER_AREA) > 0.5
+    assert overlap(small, large) > 0.97 and overlap(small, truth) > 0.9
 
 
 def colour_patches(image):
