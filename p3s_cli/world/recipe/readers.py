@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from diffusers import AutoencoderKL
@@ -97,16 +97,22 @@ def misread(logits: Tensor, truth: Tensor) -> Tensor:
     return torch.stack(losses, dim=1)
 
 
-@torch.no_grad()
 def _settle(shop: Workshop, model: torch.nn.Module, images: Tensor) -> None:
-    """Batch norm's statistics for the final weights, over a fixed 4,096 images; a checkpoint does not hold any."""
+    """`settle` over a fixed 4,096 images."""
+    generator = torch.Generator().manual_seed(shop.seed)
+    chosen = images[torch.randperm(len(images), generator=generator)[:4096]]
+    settle(model, (_jitter(batch, generator) for batch in chosen.split(128)))
+
+
+@torch.no_grad()
+def settle(model: torch.nn.Module, inputs: Iterable[Tensor]) -> None:
+    """Batch norm's statistics for the final weights, over these batches; a checkpoint does not hold any."""
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over what follows
-    generator = torch.Generator().manual_seed(shop.seed)
-    for batch in images[torch.randperm(len(images), generator=generator)[:4096]].split(128):
-        model(_jitter(batch, generator))
+    for batch in inputs:
+        model(batch)
     model.eval()
 
 

@@ -16,7 +16,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from p3s_cli.world.readers import GROUPS, LABELS
 from p3s_cli.world.recipe.denoiser import Shelf, Teacher
-from p3s_cli.world.recipe.readers import misread, true_vectors
+from p3s_cli.world.recipe.readers import misread, settle, true_vectors
 from p3s_cli.world.recipe.workshop import BATCH, Workshop
 from p3s_cli.world.scenes import Scene, caption
 
@@ -26,7 +26,7 @@ _ROUND = 25  # training steps on the states of one
 _GUIDANCE = (1.0, 6.0)
 _FROM = 150  # below this timestep nothing that has a name is decided
 _OWN = 32  # of a batch, states of the U-Net's own sampling; the rest is noised scenes
-_WEIGHT = 0.03  # its gradient is then two or three times that of the denoising loss
+_WEIGHT = 0.03  # its gradient is then one to three times that of the denoising loss
 
 
 def stage_reward(shop: Workshop) -> None:
@@ -49,6 +49,8 @@ def stage_reward(shop: Workshop) -> None:
         return losses.sum(1).mean(), dict(zip(GROUPS, losses.mean(0).tolist(), strict=True))
 
     shop.fit("reward", reader, loss, weight_decay=0.01, ema=0.0)
+    chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(shop.seed))[:4096]
+    settle(reader, (_shown(latents[rows].to(shop.device), t[rows].to(shop.device)) for rows in chosen.split(128)))
     reader.save_pretrained(shop.work / "reward")
 
 
@@ -56,6 +58,7 @@ def stage_unet_reward(shop: Workshop) -> None:
     """The U-Net's last round: the reward in states of its own sampling, beside noise prediction on scenes.
 
     Of a state x_t the prediction x0 is read without guidance, which would only sharpen what the words do.
+    A run that goes on from a checkpoint samples anew: as good, but not the same to the bit.
     """
     unet = UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device)
     teacher, shelf = Teacher(shop, unet), Shelf(shop, shop.pool, "latents")
@@ -151,9 +154,14 @@ def _build_reader() -> ResNetForImageClassification:
 
 def _read(reader: ResNetForImageClassification, x0: Tensor, t: Tensor) -> Tensor:
     """Logits (B, labels) of latents predicted at t."""
+    return reader(_shown(x0, t)).logits.float()
+
+
+def _shown(x0: Tensor, t: Tensor) -> Tensor:
+    """What the reader is shown of latents predicted at t: (B, 5, 64, 64)."""
     level = (t.float() / 1000).view(-1, 1, 1, 1).expand(-1, 1, *x0.shape[2:])
     shown = F.interpolate(torch.cat((x0, level), 1), scale_factor=4)
-    return reader(shown.contiguous(memory_format=torch.channels_last)).logits.float()
+    return shown.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
