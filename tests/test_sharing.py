@@ -145,7 +145,10 @@ HOSTILE = {
     "a reference of another size": (lambda t, d: d["references"][0].update(width=65), "RGB of 64 x 64|L of 64 x 64"),
     "a tensor too few": (lambda t, d: t.pop(MASK), f"{MASK} is missing"),
     "a tensor too many": (lambda t, d: t.update({"../x": torch.ones(1)}), "../x is not expected"),
-    "a factor of another shape": (lambda t, d: t.update({name(t): torch.zeros(3, 2).half()}), r"F16\[3, 2\] instead of I8"),
+    "a factor of another shape": (
+        lambda t, d: t.update({name(t): torch.zeros(3, 2).half()}),
+        r"F16\[3, 2\] instead of I8",
+    ),
     "no picture": (lambda t, d: t.update({MASK: torch.zeros(9, dtype=torch.uint8)}), "no readable picture"),
     "a bomb": (lambda t, d: t.update({MASK: bomb(2**30)}), "no readable picture"),
     "a bomb that was announced": (

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from p3s_cli.config import PRESETS, ControlConfig, MaskConfig
 from p3s_cli.errors import InputError
 from p3s_cli.subject import digest
+
+Budget = Literal["published", "equal"]
+BUDGETS: tuple[Budget, ...] = get_args(Budget)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Entry:
     control: ControlConfig | None = None
     steps: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    budget: Literal["published", "equal"] = "published"
+    budget: Budget = "published"
     references: References = field(default_factory=References)
 
     @property
@@ -125,8 +128,11 @@ _ABLATIONS: tuple[Entry, ...] = (
 def rivals(names: Sequence[str], known: Sequence[str], budgets: Sequence[str]) -> list[Entry]:
     """One entry a method and budget; P3S, and what is not tuned, has one only.
 
-    Raises InputError for a method that does not exist.
+    Raises InputError for a method or a budget that does not exist.
     """
+    for budget in budgets:
+        if budget not in BUDGETS:
+            raise InputError(f"no budget is called {budget!r}; choose from: {', '.join(BUDGETS)}")
     entries = []
     for name in names:
         if name not in known:

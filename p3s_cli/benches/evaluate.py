@@ -34,7 +34,7 @@ def evaluate(
     names: Sequence[str] | None = None,
     ablate: bool = False,
     only: Sequence[str] | None = None,
-    equal_time: bool = False,
+    budgets: Sequence[str] | None = None,
     quick: bool = False,
     strengths: Sequence[float] | None = None,
     protocol: str | None = None,
@@ -49,7 +49,7 @@ def evaluate(
     **common: Any,
 ) -> EvalResult:
     """One of the evaluations below, as the command line names them. Raises InputError for what does not fit together."""
-    _refuse(bench, "world", {"--ablate": ablate, "--only": only, "--equal-time": equal_time})
+    _refuse(bench, "world", {"--ablate": ablate, "--only": only, "--budget": budgets})
     _refuse(bench, "world", {"--quick": quick, "--strength": strengths})
     _refuse(bench, "dreambench", {"--subject": subjects, "--points": points, "--self-check": check})
     _refuse(bench, None, {"--prompt": prompts})
@@ -59,7 +59,7 @@ def evaluate(
         (output and bench == "world" and target, "--bench world got two folders to work in; leave out --output"),
         (protocol and bench == "world", "--bench world is scored by the family's own protocol; leave out --protocol"),
         (only and not ablate, "--only names rows of --ablate; add that, or choose methods with --method"),
-        (ablate and (names or equal_time), "--ablate compares P3S with itself; leave out --method and --equal-time"),
+        (ablate and (names or budgets), "--ablate compares P3S with itself; leave out --method and --budget"),
         (
             check and (names or subjects or shard or points),
             "--self-check scores every subject's real photos; leave out --method, --subject, --shard and --points",
@@ -79,7 +79,7 @@ def evaluate(
         choice = dict(
             names=only if ablate else names, ablate=ablate, quick=quick, strengths=strengths or (), shard=shard
         )
-        choice |= dict(budgets=("published", "equal") if equal_time else ("published",), model=model or "world")
+        choice |= dict(budgets=budgets or ("published",), model=model or "world")
         return evaluate_world(target or output or _WORLD_WORK, **choice, **common)
     if bench != "dreambench":
         raise InputError(f"no benchmark is called {bench!r}; choose world or dreambench")

@@ -29,9 +29,12 @@ def evaluate(
     only: Annotated[
         list[str] | None, typer.Option(help="Rows of --ablate to make; all if left out. Repeatable.")
     ] = None,
-    equal_time: Annotated[
-        bool, typer.Option("--equal-time", help="World: rivals also with P3S's own wall-clock for tuning.")
-    ] = False,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="World: how long rivals tune; published (default), equal (P3S's own wall-clock). Repeatable."
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="World: 3 of 12 subjects, 4 of 12 prompts, 20 steps.")] = False,
     strength: Annotated[
         list[float] | None, typer.Option(help="World: draw at this strength, too, for the trade-off plot. Repeatable.")
@@ -71,7 +74,7 @@ def evaluate(
     from p3s_cli import benches
 
     chosen = dict(target=target, bench=bench, names=method, output=output, model=model, n=n, seed=seed)
-    chosen |= dict(ablate=ablate, only=only, equal_time=equal_time, quick=quick, strengths=strength)
+    chosen |= dict(ablate=ablate, only=only, budgets=budget, quick=quick, strengths=strength)
     chosen |= dict(subjects=subject, shard=shard, points=points, check=check)
     chosen |= dict(protocol=protocol, prompts=prompt, device=device, dtype=dtype)
     run_stage(benches.evaluate, as_json, _show_scores, **chosen)
