@@ -17,7 +17,7 @@ from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.world.render import click, render
-from p3s_cli.world.scenes import Placed, Scene, lookalike_scene, solo
+from p3s_cli.world.scenes import PHOTO_SIZE, Placed, Scene, lookalike_scene, solo
 
 _SCENE = 20_000_013  # far from any training seed, and one whose masks come out well
 PROMPTS = ("on the beach", "in the snow", "in the jungle", "on top of pink fabric")
@@ -40,7 +40,7 @@ def demo(
     """
     report, root = on_progress or (lambda what, done, total: None), Path(directory)
     scene = lookalike_scene(_SCENE + seed)
-    pixels, true_masks = render([scene])
+    pixels, true_masks = render([scene], size=PHOTO_SIZE)
     photo, subject_dir = root / "reference.png", root / "subject"
     images.save_png(photo, images.to_pil(pixels[0]))
     chosen, other = scene.subjects

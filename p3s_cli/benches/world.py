@@ -18,7 +18,7 @@ from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
 from p3s_cli.world.readers import BARE
 from p3s_cli.world.render import click, render
-from p3s_cli.world.scenes import BACKGROUNDS, Instance, Scene, again, describe, lookalike_scene, solo
+from p3s_cli.world.scenes import BACKGROUNDS, PHOTO_SIZE, Instance, Scene, again, describe, lookalike_scene, solo
 from p3s_cli.world.shapes import CATEGORIES
 
 FIRST_SCENE = 40_000_000  # far from any training seed, and from the demo's
@@ -64,7 +64,7 @@ def _show(folder: Path, name: str, scene: Scene, seed: int, family: Family, refe
     """The subject directory of a case, masked as asked; further photos show the same two elsewhere."""
     directory = folder / "-".join(filter(None, (name, references.name)))
     scenes = [scene, *(again(scene, _FIRST_PHOTO + 10 * (seed - FIRST_SCENE) + k) for k in range(1, references.photos))]
-    pixels, masks = render(scenes)
+    pixels, masks = render(scenes, size=PHOTO_SIZE)
     for k in range(references.photos):
         photo = folder / f"{name}{f'-{k}' if k else ''}.png"
         images.save_png(photo, images.to_pil(pixels[k]))

@@ -18,16 +18,16 @@ from p3s_cli.world.shapes import ACCESSORIES, ANATOMY, BEAK, BODY, INK, LIGHT, P
 _FIXED = {INK: (0.10, 0.10, 0.12), LIGHT: (0.94, 0.95, 0.97), BEAK: (0.98, 0.62, 0.12)}
 
 
-def render(scenes: Sequence[Scene], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Draw the scenes.
+def render(scenes: Sequence[Scene], device: torch.device | str = "cpu", size: int = SIZE) -> tuple[Tensor, Tensor]:
+    """Draw the scenes, `size` pixels wide and high: as a drawing is reproduced larger, with nothing added.
 
-    Returns images (B, 3, 128, 128) in [0, 1] and visible masks (B, 3, 128, 128) bool, one channel a
+    Returns images (B, 3, size, size) in [0, 1] and visible masks (B, 3, size, size) bool, one channel a
     subject in the scene's order (empty where a scene has fewer).
     """
-    axis = torch.arange(SIZE, device=device, dtype=torch.float32) + 0.5
+    axis = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) * (SIZE / size)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     canvas = _backgrounds(scenes, x / SIZE, y / SIZE)
-    masks = torch.zeros(len(scenes), MAX_SUBJECTS, SIZE, SIZE, dtype=torch.bool, device=device)
+    masks = torch.zeros(len(scenes), MAX_SUBJECTS, size, size, dtype=torch.bool, device=device)
     for slot in range(MAX_SUBJECTS):
         present = [i for i, s in enumerate(scenes) if len(s.subjects) > slot]
         for category in ANATOMY:

@@ -15,6 +15,7 @@ from typing import Literal
 from p3s_cli.world.shapes import ACCESSORIES, CATEGORIES, COLOURS, PATTERNS
 
 SIZE = 128  # pixels, square
+PHOTO_SIZE = 2 * SIZE  # of a reference, as cameras give more pixels than a model draws
 MAX_SUBJECTS = 3
 
 # background -> the phrases a caption may use; the first is the canonical one

@@ -3,9 +3,19 @@
 import random
 
 import torch
+from torch.nn import functional as F
 
 from p3s_cli.world.render import render
-from p3s_cli.world.scenes import BACKGROUNDS, caption, lookalike_scene, sample_instance, sample_scene, solo
+from p3s_cli.world.scenes import (
+    BACKGROUNDS,
+    PHOTO_SIZE,
+    SIZE,
+    caption,
+    lookalike_scene,
+    sample_instance,
+    sample_scene,
+    solo,
+)
 from p3s_cli.world.shapes import CATEGORIES, PATTERNS
 
 
@@ -15,6 +25,16 @@ def test_a_seed_is_a_scene_whatever_batch_it_is_drawn_in():
     alone, mask = render([sample_scene(7)])
     assert torch.equal(together[7], alone[0]) and torch.equal(masks[7], mask[0])
     assert together.min() >= 0 and together.max() <= 1
+
+
+def test_a_larger_drawing_is_the_same_drawing():
+    scenes = [sample_scene(s) for s in range(24)]
+    (small, small_masks), (large, large_masks) = render(scenes), render(scenes, size=PHOTO_SIZE)
+    assert large.shape[-2:] == large_masks.shape[-2:] == (PHOTO_SIZE, PHOTO_SIZE)
+    # reduced, it differs where a pixel lies across an edge, and nowhere else
+    assert (F.avg_pool2d(large, PHOTO_SIZE // SIZE) - small).abs().mean() < 0.005
+    reduced = F.avg_pool2d(large_masks.float(), PHOTO_SIZE // SIZE)
+    assert (reduced - small_masks.float()).abs().mean() < 0.005
 
 
 def test_masks_are_disjoint_one_for_each_subject_and_hold_its_colours():
