@@ -143,8 +143,16 @@ class GenerateConfig:
     size: tuple[int, int] | None = None  # height and width in pixels; None is the family's square
 
 
-# steps and scheduler where nothing else is asked for, and with --fast (benchmarks/results/speed.md)
-PACES = {False: (50, "ddim"), True: (20, "dpm++")}
+@dataclass(frozen=True)
+class Pace:
+    """What `GenerateConfig` says where nothing else is asked for (benchmarks/results/speed.md)."""
+
+    steps: int
+    scheduler: str
+    reuse: int
+
+
+PACES = {False: Pace(50, "ddim", 2), True: Pace(20, "dpm++", 4)}  # with --fast: True
 
 PAPER_CONTROL = ControlConfig(
     injection="literal",

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from p3s_cli import stages
+from p3s_cli.config import PACES
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.paper.points import Selection
 from p3s_cli.sd import images
@@ -130,6 +131,16 @@ def test_same_seed_same_image_whatever_n_is_and_metadata_tells_how(tuned, world)
     assert one.images[0] == four.images[2]
     assert abs(np.asarray(images.load_image(one.images[0])).astype(int) - pixels).max() <= 1
     assert all(p.is_file() for p in (*four.images, four.grid))
+
+
+def test_what_a_pace_says_holds_where_nothing_else_is_asked_for(tuned, world):
+    for asked, wanted in (
+        ({"fast": True}, {"scheduler": "dpm++", "reuse": PACES[True].reuse}),
+        ({"fast": True, "scheduler": "ddim", "reuse": 1}, {"scheduler": "ddim", "reuse": 1}),
+        ({}, {"scheduler": "ddim", "reuse": PACES[False].reuse}),
+    ):
+        known = images.read_metadata(generate(tuned, world, **asked).images[0])["sampling"]
+        assert {name: known[name] for name in wanted} == wanted and known["steps"] == 2
 
 
 def test_the_base_is_bit_identical_afterwards_and_schedule_off_is_the_base_model(tuned, world):

@@ -30,10 +30,16 @@ def generate(
         int, typer.Option(min=0, max=2**53, help="Seed of the first image; the others count up from it.")
     ] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default 50, with --fast 20.")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="20 steps of a multistep solver.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="20 steps of a multistep solver, four of which share as with --reuse.")
+    ] = False,
     reuse: Annotated[
-        int, typer.Option(min=1, help="P3S: how many steps share what its copy made; 1 is exact and slower.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            min=1,
+            help="P3S: how many steps share what its copy made; 1 is exact and slower. Default 2, with --fast 4.",
+        ),
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Strength of the text; default the family's (7.5 for sd15).")
     ] = None,

@@ -60,7 +60,7 @@ def generate(
     safety_checker: bool = True,
     metadata: bool = True,
     fast: bool = False,
-    reuse: int = settings.GenerateConfig.reuse,
+    reuse: int | None = None,
     memory: str = "auto",
     model: str | None = None,
     device: str = "auto",
@@ -76,9 +76,9 @@ def generate(
     (`cat=0.8`; the prompt then says [V1], [V2], ...), `control` ControlNets (`canny=edges.png=0.7`), `lora`
     LoRAs (`style.safetensors=0.6`), `size` is `WIDTHxHEIGHT`, `references` how many of each subject's
     references are shown to it. They are made by the method the subject was tuned with; `schedule`, `also`,
-    `control`, `lora` and `references` are P3S's alone. Steps and scheduler default to 50 of DDIM; `fast` is
-    20 of a multistep solver. At `reuse` steps in a row the copy's features are the same, and so is what guidance
-    subtracts; 1 makes everything at every step. `metadata` puts the settings into each PNG. Raises
+    `control`, `lora` and `references` are P3S's alone. At `reuse` steps in a row the copy's features are the same,
+    and so is what guidance subtracts; 1 makes everything at every step. Steps, scheduler and `reuse` default to
+    `config.PACES`, with `fast` to the quicker one. `metadata` puts the settings into each PNG. Raises
     InputError before the subject is tuned, after it has changed, for a prompt without [V], and for unknown names.
     """
     report = on_progress or silent
@@ -90,8 +90,9 @@ def generate(
     identifiers = [s.manifest.identifier for s in subjects]
     words = text.identify(prompt, *identifiers)
     asked = dict(guidance=guidance, subject_guidance=subject_guidance, strength=strength, references=references)
-    asked |= dict(negative_prompt=negative_prompt, size=parse_size(size), reuse=reuse)
-    sampling = _sampling(fast, steps, scheduler, schedule, asked)
+    asked |= dict(negative_prompt=negative_prompt, size=parse_size(size))
+    paced = dict(steps=steps, scheduler=scheduler, reuse=reuse)
+    sampling = _sampling(settings.PACES[fast], paced, schedule, asked)
     for one in subjects:
         one.check_masks()
         one.tuned()
@@ -128,11 +129,11 @@ def generate(
 
 
 def _sampling(
-    fast: bool, steps: int | None, scheduler: str | None, schedule: str, asked: dict[str, Any]
+    pace: settings.Pace, paced: dict[str, Any], schedule: str, asked: dict[str, Any]
 ) -> settings.GenerateConfig:
-    """What was asked for, and the pace's steps and scheduler where nothing was. Raises InputError for what cannot be."""
-    usual, solver = settings.PACES[fast]
-    config = settings.GenerateConfig(usual if steps is None else steps, scheduler=scheduler or solver, **asked)
+    """What was asked for, and the pace's own where nothing was. Raises InputError for what cannot be."""
+    own = settings.as_settings(pace) | {name: value for name, value in paced.items() if value is not None}
+    config = settings.GenerateConfig(**own, **asked)
     if min(config.steps, config.references, config.reuse) < 1:
         raise InputError("give at least one step (--steps 1), one reference (--references 1) and --reuse 1")
     for value in (config.guidance, config.subject_guidance, config.strength):
