@@ -112,6 +112,7 @@ _ABLATIONS: tuple[Entry, ...] = (
     _control("close view", reference_view="close"),
     _control("whole photo", reference_view="photo"),
     Entry("nothing reused", sampling={"reuse": 1}),
+    Entry("fast", sampling={"fast": True}),
     Entry("three references", references=_THREE),
     Entry("three references, all shown", references=_THREE, sampling={"references": 3}),
     Entry("true masks", references=References("true", true_masks=True)),
