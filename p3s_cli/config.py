@@ -73,8 +73,16 @@ class ControlConfig:
     reference_background: Literal["keep", "remove"] = "remove"
     background_weight: float = 0.0  # of L_LDM outside the subject's mask; 1 is eq. 14 as printed
     preserve: float = 1.0  # of the distance to the frozen U-Net's own prediction outside the mask; the paper has none
-    # put behind the training prompts, so that a prompt with a place is nothing new to the control
-    contexts: tuple[str, ...] = ("", "in the city", "with a mountain in the background", "on a wooden floor")
+    # put behind the training prompts, so that a prompt with a place is nothing new to the control: without them it
+    # paints the subject's colours over the places it never heard of
+    contexts: tuple[str, ...] = (
+        "",
+        "in the city",
+        "with a mountain in the background",
+        "on a wooden floor",
+        "on the beach",
+        "on top of pink fabric",
+    )
 
 
 @dataclass(frozen=True)
