@@ -20,7 +20,9 @@ def tuned(tmp_path_factory, tiny_family):
     """A subject with two references, and what the copy learnt of them in two large steps."""
     folder = tmp_path_factory.mktemp("controlled")
     photo = tiny.photo(folder / "photo.png")
-    Image.open(photo).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "mirror.png")
+    mirrored = Image.open(photo).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    # in other colours, too: a subject that is its own mirror image would be the same reference twice
+    Image.merge("RGB", mirrored.split()[::-1]).save(folder / "mirror.png")
     stages.mask(photo, [(18, 32)], [(46, 32)], folder / "dog", "dog", family=tiny_family)
     stages.mask(folder / "mirror.png", [(45, 32)], [(17, 32)], folder / "dog", family=tiny_family)
     stages.finetune(folder / "dog", steps=2, lr=5e-2, family=tiny_family)
