@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                  # the bundled family; within five minutes on 2 quiet cores
     python benchmarks/speed.py --no-demo --json
+    python benchmarks/speed.py --compile        # and what --compile costs and gives, minutes more
     python benchmarks/speed.py --model FOLDER/diffusers --no-demo     # SD v1-5's shape, made by sd15.py, on a GPU
 
 `train_step_vs_parts`: a training step over the sum of its plain parts (the frozen U-Net's forward and
@@ -117,10 +118,12 @@ def parts(family: Family, batch: int) -> dict[str, Callable[[], object]]:
     return frozen | {"copy forward + backward": trained, "LoRA step": lora}
 
 
-def training_step(family: Family, subject: Subject, steps: int, batch: int | None = None, **control: float) -> float:
+def training_step(
+    family: Family, subject: Subject, steps: int, batch: int | None = None, compiled: bool = False, **control: float
+) -> float:
     """Median seconds of a step of `P3S.fit`, after two that are not counted."""
     clock: list[float] = []
-    config = FinetuneConfig(ControlConfig(**control), steps=steps + 3, batch=batch)
+    config = FinetuneConfig(ControlConfig(**control), steps=steps + 3, batch=batch, compiled=compiled)
     heard = lambda *_: (wait(family.device), clock.append(time.perf_counter()))  # noqa: E731
     P3S().fit(Lesson(family, subject, config, heard))
     return median(b - a for a, b in zip(clock[2:], clock[3:], strict=False))
@@ -222,6 +225,30 @@ def drawing(family: Family, root: Path, repeats: int) -> dict[str, float]:
     return found
 
 
+def compiling(family: Family, root: Path, repeats: int) -> dict[str, float]:
+    """What `--compile` costs before the first step, and what each step and image takes then; plain ones in turn."""
+
+    def draw(compiled: bool) -> Callable[[], object]:
+        options = {"n": 4, "fast": True, "compiled": compiled, "family": family, "force": True}
+        return lambda: stages.generate(root, "a [V] vase on the beach", **options)
+
+    def train(compiled: bool) -> float:
+        return training_step(family, Subject.open(root), 4 * repeats, compiled=compiled)
+
+    found: dict[str, float] = {}
+    for name, work in (("a training step", lambda: train(True)), ("generate --fast", draw(True))):
+        started = time.perf_counter()
+        work()
+        first = time.perf_counter() - started
+        started = time.perf_counter()
+        work()
+        found[f"compiling {name}"] = first - (time.perf_counter() - started)
+    turns = [(train(False), train(True)) for _ in range(3)]
+    found["training step, compiled vs plain"] = median(b / a for a, b in turns)
+    drawn = in_turn({"plain": draw(False), "compiled": draw(True)}, repeats, family.device)
+    return found | {"generate --fast, compiled vs plain": drawn["compiled"] / drawn["plain"]}
+
+
 def processes(folder: Path, scene: tuple[Path, tuple, tuple], repeats: int, with_demo: bool) -> dict[str, float]:
     photo, positive, negative = scene
     clicks = [f"--{kind}={x:g},{y:g}" for kind, (x, y) in (("pos", positive), ("neg", negative))]
@@ -235,7 +262,7 @@ def processes(folder: Path, scene: tuple[Path, tuple, tuple], repeats: int, with
     return found
 
 
-def measure(family: Family, folder: Path, repeats: int, with_demo: bool) -> dict[str, float]:
+def measure(family: Family, folder: Path, repeats: int, with_demo: bool, with_compile: bool) -> dict[str, float]:
     root, given = folder / "subject", scenes(folder, 3)
     for photo, positive, negative in given:
         stages.mask(photo, [positive], [negative], root, "vase", family=family)
@@ -247,6 +274,8 @@ def measure(family: Family, folder: Path, repeats: int, with_demo: bool) -> dict
     found |= drawing(family, root, repeats)
     found["peak GB after drawing"] = peak_gigabytes(family.device)
     found |= growth(family, root, int(family.profile.finetune["batch"]), repeats)
+    if with_compile:
+        found |= compiling(family, root, repeats)
     return found | processes(folder, given[0], repeats, with_demo)
 
 
@@ -256,10 +285,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-demo", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="also what compiling costs and gives")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(load(args.model, args.device), Path(folder), args.repeats, not args.no_demo)
+        found = measure(load(args.model, args.device), Path(folder), args.repeats, not args.no_demo, args.compile)
     if args.json:
         print(json.dumps({name: round(value, 4) for name, value in found.items()}))
         return

@@ -135,10 +135,10 @@ def rivals(names: Sequence[str], known: Sequence[str], budgets: Sequence[str]) -
         if budget not in BUDGETS:
             raise InputError(f"no budget is called {budget!r}; choose from: {', '.join(BUDGETS)}")
     entries = []
-    for name in names:
+    for name in dict.fromkeys(names):
         if name not in known:
             raise InputError(f"no method is called {name!r}; choose from: {', '.join(known)}")
-        for budget in budgets if name not in ("p3s", "untuned") else ("published",):
+        for budget in dict.fromkeys(budgets) if name not in ("p3s", "untuned") else ("published",):
             label = name if budget == "published" else f"{name}, equal time"
             entries.append(Entry(label, method=name, budget=budget))  # type: ignore[arg-type]
     return entries

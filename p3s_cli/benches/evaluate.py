@@ -45,6 +45,7 @@ def evaluate(
     check: bool = False,
     output: Path | None = None,
     model: str | None = None,
+    fast: bool = False,
     on_progress: stages.Progress | None = None,
     **common: Any,
 ) -> EvalResult:
@@ -61,8 +62,8 @@ def evaluate(
         (only and not ablate, "--only names rows of --ablate; add that, or choose methods with --method"),
         (ablate and (names or budgets), "--ablate compares P3S with itself; leave out --method and --budget"),
         (
-            check and (names or subjects or shard or points),
-            "--self-check scores every subject's real photos; leave out --method, --subject, --shard and --points",
+            check and (names or subjects or shard or points or fast),
+            "--self-check scores every subject's real photos; leave out --method, --subject, --shard, --points and --fast",
         ),
     ):
         if unheeded:
@@ -70,7 +71,7 @@ def evaluate(
     if protocol:
         protocols.protocol(protocol)
     names = methods.NAMES if names and "all" in names else tuple(names or ("p3s",))
-    common |= {"on_progress": on_progress}
+    common |= {"fast": fast, "on_progress": on_progress}
     if bench is None:
         if target is None:
             raise InputError("name a subject directory, or a benchmark with --bench world or --bench dreambench PATH")
@@ -106,6 +107,7 @@ def evaluate_subject(
     prompts: Sequence[str] = (),
     protocol_name: str | None = None,
     n: int | None = None,
+    fast: bool = False,
     seed: int = 0,
     model: str | None = None,
     device: str = "auto",
@@ -124,7 +126,7 @@ def evaluate_subject(
     Subject.open(root)
     with writing(root, "p3s eval"):
         case = subject_case(root, family.vision, prompts or family.profile.prompts)
-        run = Run(root / "eval", family, judge, Plan(n or Plan.images, seed), on_progress or silent)
+        run = Run(root / "eval", family, judge, Plan(n or Plan.images, seed, _pace(fast)), on_progress or silent)
         return finish(run, entries, run.evaluate(entries, [case]), f"p3s eval {root.resolve().name}", [case])
 
 
@@ -137,6 +139,7 @@ def evaluate_world(
     strengths: Sequence[float] = (),
     shard: str | None = None,
     n: int | None = None,
+    fast: bool = False,
     seed: int = 0,
     model: str = "world",
     device: str = "auto",
@@ -146,7 +149,7 @@ def evaluate_world(
     """Held-out look-alikes of the drawn world, judged by its readers; with `ablate`, the paper's ablations.
 
     Two calibration lines stand beside the methods: true pictures of the chosen subject, and of its look-alike.
-    `n` images of each prompt, 4 or with `quick` 2; `shard` i/n takes every n-th scene (`shards.py`). `strengths` beside 1 become points of each method's curve in `trade-off.png`.
+    `n` images of each prompt, 4 or with `quick` 2; `fast` as in `generate`, for every method; `shard` i/n takes every n-th scene (`shards.py`). `strengths` beside 1 become points of each method's curve in `trade-off.png`.
     """
     root, family = Path(work), load(model, device, dtype)
     judge = Judge(protocols.protocol(family.profile.protocol), family.folder, family.device)
@@ -157,9 +160,10 @@ def evaluate_world(
         entries = rivals(names or ("p3s",), methods.NAMES, budgets)
     entries += [e.at_strength(s) for e in entries if e.method != "untuned" for s in strengths]
     plan = _QUICK if quick else Plan()
+    plan = replace(plan, images=n or plan.images, sampling=(plan.sampling or {}) | _pace(fast))
     numbers = shards.pick(range(_QUICK_CASES if quick else _WORLD_CASES), shard)
     with writing(shards.desk(root, shard), "p3s eval"):
-        run = Run(root, family, judge, replace(plan, images=n or plan.images), on_progress or silent, shard)
+        run = Run(root, family, judge, plan, on_progress or silent, shard)
         made = world.cases(root / "cases", family, numbers, seed, quick)
         for number, case in zip(numbers, made, strict=True):
             for line, results in world.calibration(case, number, seed, root / "calibration").items():
@@ -179,6 +183,7 @@ def evaluate_dreambench(
     points: Path | None = None,
     protocol_name: str = "dreambooth",
     n: int | None = None,
+    fast: bool = False,
     seed: int = 0,
     model: str = "sd15",
     device: str = "auto",
@@ -196,9 +201,14 @@ def evaluate_dreambench(
     root, family = Path(work), load(model, device, dtype)
     judge = Judge(protocols.protocol(protocol_name), family.folder, family.device)
     with writing(shards.desk(root, shard), "p3s eval"):
-        run = Run(root, family, judge, Plan(n or Plan.images, seed), on_progress or silent, shard)
+        run = Run(root, family, judge, Plan(n or Plan.images, seed, _pace(fast)), on_progress or silent, shard)
         made = [_sitting(root / "cases", sitter, at, family) for sitter, at in zip(sitters, clicks, strict=True)]
         return finish(run, entries, run.evaluate(entries, made), "p3s eval --bench dreambench", made)
+
+
+def _pace(fast: bool) -> dict[str, Any]:
+    """What `generate` is told of the pace, for every method alike."""
+    return {"fast": True} if fast else {}
 
 
 def _sitting(folder: Path, sitter: dreambench.Sitter, at: stages.PhotoClicks, family: Family) -> Case:

@@ -9,6 +9,7 @@ import typer
 
 from p3s_cli.cli.app import app
 from p3s_cli.cli.shared import (
+    Compile,
     Deterministic,
     Device,
     Dtype,
@@ -84,6 +85,7 @@ def generate(
     dtype: Dtype = "auto",
     force: Force = False,
     deterministic: Deterministic = False,
+    compiled: Compile = False,
     as_json: Json = False,
 ) -> None:
     """Images of the subject, wherever the prompt puts it."""
@@ -127,6 +129,7 @@ def generate(
         dtype=dtype,
         force=force,
         deterministic=deterministic,
+        compiled=compiled,
     )
 
 

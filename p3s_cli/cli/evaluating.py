@@ -62,6 +62,9 @@ def evaluate(
     n: Annotated[
         int | None, typer.Option("-n", min=1, help="Images of each prompt; default 4, with --quick 2.")
     ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Draw as `p3s generate --fast` does, every method alike.")
+    ] = False,
     seed: Seed = 0,
     model: Annotated[
         str | None, typer.Option(help="Base; default the subject's own, the world's for world, sd15 for dreambench.")
@@ -73,7 +76,7 @@ def evaluate(
     """Score a subject, or methods on a benchmark. Writes a table, rows and a page; goes on where it stopped."""
     from p3s_cli import benches
 
-    chosen = dict(target=target, bench=bench, names=method, output=output, model=model, n=n, seed=seed)
+    chosen = dict(target=target, bench=bench, names=method, output=output, model=model, n=n, fast=fast, seed=seed)
     chosen |= dict(ablate=ablate, only=only, budgets=budget, quick=quick, strengths=strength)
     chosen |= dict(subjects=subject, shard=shard, points=points, check=check)
     chosen |= dict(protocol=protocol, prompts=prompt, device=device, dtype=dtype)

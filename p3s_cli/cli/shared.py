@@ -21,6 +21,10 @@ Memory = Annotated[str, typer.Option(help="Memory profile: auto, 24, 16, 12 or 8
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing has changed.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="The same bits every time on CUDA too; slower.")]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="P3S: compile the model first, minutes that pay over many subjects or images."),
+]
 SubjectDir = Annotated[Path, typer.Argument(help="Subject directory made by `p3s mask`.")]
 OtherModel = Annotated[str | None, typer.Option(help="Another base than the one the subject names.")]
 

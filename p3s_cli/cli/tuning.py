@@ -10,6 +10,7 @@ import typer
 
 from p3s_cli.cli.app import app
 from p3s_cli.cli.shared import (
+    Compile,
     Deterministic,
     Device,
     Dtype,
@@ -46,6 +47,7 @@ def finetune(
     dtype: Dtype = "auto",
     force: Force = False,
     deterministic: Deterministic = False,
+    compiled: Compile = False,
     as_json: Json = False,
 ) -> None:
     """Teach the model this very subject. An interrupted run goes on where it stopped."""
@@ -64,6 +66,7 @@ def finetune(
         dtype=dtype,
         force=force,
         deterministic=deterministic,
+        compiled=compiled,
     )
     if jobs is None and subject_dirs and len(subject_dirs) == 1:
         run_stage(stages.finetune, as_json, _show, subject_dir=subject_dirs[0], **options)

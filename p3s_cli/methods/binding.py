@@ -12,6 +12,7 @@ from p3s_cli.config import ControlConfig, GenerateConfig, read_control
 from p3s_cli.errors import InputError
 from p3s_cli.methods.base import Learnt
 from p3s_cli.methods.conditioning import condition, reference_view
+from p3s_cli.methods.forward import Forward, forward
 from p3s_cli.methods.photos import read_photos
 from p3s_cli.paper.injection import Injection
 from p3s_cli.paper.model import P3SControl
@@ -48,6 +49,7 @@ class Bound:
     words: tuple[str, str]  # identifier and class word
     reuse: int = 1
     learned: LearnedWeight | None = None  # where the schedule is left to it
+    forward: Forward = Forward()
     _kept: list[Injection] = field(default_factory=list)
     _age: int = 0
     _last: float = -1.0
@@ -76,7 +78,8 @@ class Bound:
         manifest = part.subject.manifest
         words = manifest.identifier, manifest.class_word
         learned = control.weighting if sampling.schedule.kind == "learned" else None
-        return cls(control, list(seen.split(1)), part.strength, words, sampling.reuse, learned)
+        passes = forward(sampling.compiled)
+        return cls(control, list(seen.split(1)), part.strength, words, sampling.reuse, learned, passes)
 
     def injections(self, x_t: Tensor, t: Tensor, states: Tensor, weight: float) -> list[Injection]:
         """P3S eq. 6 for each reference; together they take the place of one."""
@@ -90,5 +93,5 @@ class Bound:
         return [replace(kept, weight=weights) for kept in self._kept]
 
     def _inject(self, x_t: Tensor, t: Tensor, states: Tensor, weights: Tensor, seen: Tensor) -> Injection:
-        injection, _ = self.control.inject(x_t, t, states, seen, weights)
+        injection, _ = self.forward.copy(self.control, x_t, t, states, seen, weights)
         return replace(injection, share=1 / len(self.seen))

@@ -16,10 +16,11 @@ from p3s_cli.methods.base import Generator, Learnt, Lesson, asked, register
 from p3s_cli.methods.binding import Bound, Part
 from p3s_cli.methods.conditioning import Bank
 from p3s_cli.methods.denoising import astray, diffuse, noise_schedule
+from p3s_cli.methods.forward import Forward, forward
 from p3s_cli.methods.photos import read_photos
 from p3s_cli.paper.injection import attention_seam
 from p3s_cli.paper.losses import denoising_loss, total_loss
-from p3s_cli.paper.model import P3SControl, connected, controlled_noise
+from p3s_cli.paper.model import P3SControl, connected
 from p3s_cli.paper.schedule import injection_weight
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family, Profile
@@ -61,7 +62,7 @@ class P3S:
         control = P3SControl(family.unet, family.vision.width, config.control)
         control.to(family.device, torch.bfloat16 if config.memory.masters == "bfloat16" else torch.float32)
         bank = Bank.build(family, read_photos(subject), config.control, config.seed)
-        loss = _Loss(family, subject, control, bank, config.control, config.batch)
+        loss = _Loss(family, subject, control, bank, config.control, config.batch, forward(config.compiled))
         with connected(family.unet, control), _saving(family, control, config.memory):
             trained = lesson.train(dict(control.named_parameters()), loss, recipe)
         return {name: tensor.float() for name, tensor in trained.items()}
@@ -74,13 +75,14 @@ class P3S:
     def bind_many(self, family: Family, parts: Sequence[Part], sampling: GenerateConfig) -> Iterator[Generator]:
         """The frozen U-Net under the control of several subjects at once, their features side by side; as found on exit."""
         bound = [Bound.build(family, part, sampling) for part in parts]
+        frozen = forward(sampling.compiled).frozen
 
         def eps(x_t: Tensor, t: Tensor, states: Tensor, with_subject: bool, residuals: tuple | None = None) -> Tensor:
             weight = sampling.strength * injection_weight(float(t[0]), sampling.schedule)
             x_t = x_t.to(family.dtype)
             present = [b for b in bound if with_subject and weight * b.strength != 0]
             injections = [i for b in present for i in b.injections(x_t, t, states, weight)]
-            return controlled_noise(family.unet, x_t, t, states, *injections, residuals=residuals).float()
+            return frozen(family.unet, x_t, t, states, *injections, residuals=residuals).float()
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(attention_seam(family.unet, "frozen"))
@@ -116,9 +118,17 @@ class _Loss:
     """One training step's loss: eq. 15 on a batch, states led astray, text and injection dropped independently."""
 
     def __init__(
-        self, family: Family, subject: Subject, control: P3SControl, bank: Bank, config: ControlConfig, batch: int
+        self,
+        family: Family,
+        subject: Subject,
+        control: P3SControl,
+        bank: Bank,
+        config: ControlConfig,
+        batch: int,
+        forward: Forward,
     ):
         self.unet, self.control, self.bank, self.config, self.batch = family.unet, control, bank, config, batch
+        self.forward = forward
         self.device, self.dtype = family.device, family.dtype
         # masters in bfloat16 compute in it, whatever the frozen part is kept in
         self.autocast = self.dtype if self.dtype != torch.float32 else next(control.parameters()).dtype
@@ -145,12 +155,12 @@ class _Loss:
         maps = config.attention_loss != "off"
         with torch.autocast(self.device.split(":")[0], self.autocast, enabled=self.autocast != torch.float32):
             reference = self.control.see(seen.latent, seen.vision)
-            injection, copy_maps = self.control.inject(x_t, t, states, reference, weight, active, maps)
-            predicted = controlled_noise(self.unet, x_t, t, states, injection)
+            injection, copy_maps = self.forward.copy(self.control, x_t, t, states, reference, weight, active, maps)
+            predicted = self.forward.frozen(self.unet, x_t, t, states, injection)
         denoising = denoising_loss(predicted, noise, config.background_weight + (1 - config.background_weight) * inside)
         if config.preserve:
             with torch.no_grad():
-                untouched = controlled_noise(self.unet, x_t, t, self.text[chosen])
+                untouched = self.forward.frozen(self.unet, x_t, t, self.text[chosen])
             denoising = denoising + config.preserve * denoising_loss(predicted, untouched, 1 - inside)
         value, consistency = total_loss(
             denoising, copy_maps, injection.maps, config.gamma, config.attention_loss, config.attention_gradient

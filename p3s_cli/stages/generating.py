@@ -61,6 +61,7 @@ def generate(
     metadata: bool = True,
     fast: bool = False,
     reuse: int | None = None,
+    compiled: bool = False,
     memory: str = "auto",
     model: str | None = None,
     device: str = "auto",
@@ -77,7 +78,8 @@ def generate(
     LoRAs (`style.safetensors=0.6`), `size` is `WIDTHxHEIGHT`, `references` how many of each subject's
     references are shown to it. They are made by the method the subject was tuned with; `schedule`, `also`,
     `control`, `lora` and `references` are P3S's alone. At `reuse` steps in a row the copy's features are the same,
-    and so is what guidance subtracts; 1 makes everything at every step. Steps, scheduler and `reuse` default to
+    and so is what guidance subtracts; 1 makes everything at every step. `compiled` (P3S's) costs minutes once a
+    process and makes each step faster. Steps, scheduler and `reuse` default to
     `config.PACES`, with `fast` to the quicker one. `metadata` puts the settings into each PNG. Raises
     InputError before the subject is tuned, after it has changed, for a prompt without [V], and for unknown names.
     """
@@ -90,7 +92,7 @@ def generate(
     identifiers = [s.manifest.identifier for s in subjects]
     words = text.identify(prompt, *identifiers)
     asked = dict(guidance=guidance, subject_guidance=subject_guidance, strength=strength, references=references)
-    asked |= dict(negative_prompt=negative_prompt, size=parse_size(size))
+    asked |= dict(negative_prompt=negative_prompt, size=parse_size(size), compiled=compiled)
     paced = dict(steps=steps, scheduler=scheduler, reuse=reuse)
     sampling = _sampling(settings.PACES[fast], paced, schedule, asked)
     for one in subjects:
@@ -99,6 +101,8 @@ def generate(
     tuned = subject.tuned()
     methods.get(subject.method)
     joined.check(subjects)
+    if compiled and subject.method != "p3s":
+        raise InputError(f"{subject.method} has no passes to compile; leave out --compile")
     report("loading the models", 0, 1)
     family = family or load(model or tuned.settings["base"], device, dtype, tuned.settings.get("vision"))
     for one in subjects:
@@ -154,11 +158,12 @@ def _settled(sampling: settings.GenerateConfig, family: Family, subject: Subject
 
 def _record(order: Order, prompt: str) -> dict[str, Any]:
     """Everything an image depends on but its seed."""
-    tuned = order.subject.tuned()
+    tuned, sampling = order.subject.tuned(), settings.as_settings(order.sampling)
+    del sampling["compiled"]  # the same image, but for rounding
     return {
         "prompt": prompt,
         "text": order.words,
-        "sampling": settings.as_settings(order.sampling),
+        "sampling": sampling,
         "control": tuned.artifacts,
         "base": tuned.settings["base_fingerprint"],
         "safety_checker": order.safety_checker,

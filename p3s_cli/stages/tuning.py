@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from p3s_cli import config as settings
 from p3s_cli import methods
-from p3s_cli.errors import P3SError
+from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
 from p3s_cli.methods.base import Lesson
 from p3s_cli.methods.memory import choose, within
@@ -58,6 +58,7 @@ def finetune(
     dtype: str = "auto",
     force: bool = False,
     deterministic: bool = False,
+    compiled: bool = False,
     family: Family | None = None,
     control: settings.ControlConfig | None = None,
     on_progress: Progress | None = None,
@@ -66,7 +67,8 @@ def finetune(
 
     Steps and learning rate default to the method's on this family; `preset` and `control`, which overrides
     its settings one by one, are P3S's alone, and so are `memory`, a profile's name (24, 16, 12, 8; `auto` is
-    the device's own), and `vision`, another CLIP pair for the control to see the references through. An
+    the device's own), and `vision`, another CLIP pair for the control to see the references through. `compiled`
+    costs minutes once a process and makes each step faster; what is learnt is the same but for rounding. An
     interrupted run goes on from its last checkpoint. Raises InputError for an unknown method and if masks are
     missing or stale.
     """
@@ -77,8 +79,12 @@ def finetune(
     family = family or load(model or subject.manifest.model, device, dtype, vision)
     check_base(family)
     profile, saving = choose(memory, family.profile, family.device, family.dtype)
-    config = settings.FinetuneConfig(control or settings.preset(preset)[1], steps, lr, seed=seed, memory=saving)
+    config = settings.FinetuneConfig(
+        control or settings.preset(preset)[1], steps, lr, seed=seed, memory=saving, compiled=compiled
+    )
     recipe = teacher.recipe(family.profile, config)
+    if compiled and not getattr(recipe, "compiled", False):
+        raise InputError(f"{method} has no step to compile; leave out --compile")
     options = _options(method, recipe, memory, family)
     inputs = subject.finetune_inputs(family.fingerprint())
     done = subject.manifest.finetune
@@ -114,8 +120,9 @@ def finetune(
 def _options(method: str, recipe: Any, memory: str, family: Family) -> dict[str, Any]:
     """Everything that decides what is learnt, as the manifest holds it."""
     config = settings.as_settings(recipe)
-    # which profile a machine gets is no reason to tune again, only which one was asked for
-    config.pop("memory", None)
+    # how a machine got there is no reason to tune again, only which memory profile was asked for
+    for how in ("memory", "compiled"):
+        config.pop(how, None)
     base = {"base_fingerprint": family.fingerprint(), "base": family.source, "vision": family.profile.clip}
     return {"method": method, "config": config, "memory": memory} | base
 
