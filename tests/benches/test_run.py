@@ -11,11 +11,13 @@ from p3s_cli.benches import run as running
 from p3s_cli.benches.cases import subject_case
 from p3s_cli.benches.ending import finish
 from p3s_cli.benches.entries import ablations, choose, rivals
+from p3s_cli.config import PACES
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.evals.protocols import protocol
 from p3s_cli.evals.scoring import Judge
 from p3s_cli.lock import writing
 from p3s_cli.methods.pace import Pace
+from p3s_cli.sd import images
 from p3s_cli.sd.family import load
 from p3s_cli.subject import Subject
 
@@ -179,3 +181,11 @@ def test_an_option_that_would_not_be_heeded_is_refused():
     ):
         with pytest.raises(InputError, match=word):
             benches.evaluate(**options)
+
+
+def test_fast_is_the_pace_of_every_method(subject):
+    result = evaluate(subject, names=("p3s", "untuned", "p3s"), fast=True)
+    files = {json.loads(line)["file"] for line in result.scores.read_text().splitlines()}
+    paces = [images.read_metadata(Path(f))["sampling"] for f in files]
+    assert len(files) == 2 * 2 * 2 and list(result.methods) == ["p3s", "untuned"]  # named twice, it takes part once
+    assert {(p["scheduler"], p["reuse"]) for p in paces} == {(PACES[True].scheduler, PACES[True].reuse)}
