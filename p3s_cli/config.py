@@ -131,7 +131,7 @@ class FinetuneConfig:
     batch: int | None = None
     seed: int = 0
     memory: MemoryProfile = MEMORY["24"]
-    compiled: bool = False  # the forward passes, which pays over many subjects (benchmarks/results/speed.md)
+    compiled: bool = False  # the forward passes: for many subjects on a GPU (benchmarks/results/speed.md)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class GenerateConfig:
     references: int = 1  # of each subject, side by side
     reuse: int = 2  # steps that share the copy's features, and a third pass of guidance (`sd.sample.Guided`)
     size: tuple[int, int] | None = None  # height and width in pixels; None is the family's square
-    compiled: bool = False  # the forward passes, which pays over many images
+    compiled: bool = False  # the forward passes: for many images on a GPU
 
 
 @dataclass(frozen=True)

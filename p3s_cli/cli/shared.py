@@ -23,7 +23,7 @@ Force = Annotated[bool, typer.Option("--force", help="Do it again although nothi
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="The same bits every time on CUDA too; slower.")]
 Compile = Annotated[
     bool,
-    typer.Option("--compile", help="P3S: compile the model first, minutes that pay over many subjects or images."),
+    typer.Option("--compile", help="P3S: compile the model first; minutes, for many subjects or images on a GPU."),
 ]
 SubjectDir = Annotated[Path, typer.Argument(help="Subject directory made by `p3s mask`.")]
 OtherModel = Annotated[str | None, typer.Option(help="Another base than the one the subject names.")]
