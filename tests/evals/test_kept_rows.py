@@ -1,0 +1,46 @@
+"""The rows that a benchmark keeps: compressed and without the places of a machine, they make the table of the run."""
+
+import importlib.util
+import lzma
+from dataclasses import replace
+from pathlib import Path
+
+from p3s_cli.evals.protocols import protocol
+from p3s_cli.evals.scores import Row, Rows, table
+
+_spec = importlib.util.spec_from_file_location("rows", Path(__file__).parents[2] / "benchmarks/rows.py")
+rows = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(rows)
+
+
+def made(folder: Path, subject: str, score: float) -> Row:
+    return Row(
+        "p3s", subject, "a dog", 0, str(folder / f"p3s/{subject}/0.png"), f"sha of {subject}", "16 pictures",
+        "identity", "world", score, "readers/identity", "abc", "resize 128",
+    )  # fmt: skip
+
+
+def test_shards_joined_and_compressed_make_the_same_table_and_name_no_place(tmp_path):
+    scores = {"00-dog": 0.25, "01-cat": 0.75}
+    files = [tmp_path / f"shard-{k}-of-2/scores.jsonl" for k in (1, 2)]
+    for file, (subject, score) in zip(files, scores.items(), strict=True):
+        file.parent.mkdir()
+        Rows(file).add([made(tmp_path / "work", subject, score)])
+    joined, kept = rows.read(files), tmp_path / "kept.jsonl.xz"
+    rows.keep(joined, kept)
+    again = rows.read([kept])
+    assert {r.file for r in again} == {"00-dog/0.png", "01-cat/0.png"}
+    assert str(tmp_path) not in lzma.decompress(kept.read_bytes()).decode()
+    assert [replace(r, file="") for r in again] == [replace(r, file="") for r in joined]
+    mean = table(again, protocol("world"))["p3s"]["identity"]
+    assert (mean.value, mean.subjects, mean.images) == (0.5, 2, 2)
+
+
+def test_rows_of_the_committed_bench_say_what_its_table_says():
+    """Its results are derived from rows that anyone can read."""
+    results = Path(__file__).parents[2] / "benchmarks/results"
+    means = table(rows.read([results / "bench-world.jsonl.xz"]), protocol("world"))
+    told = rows.json.loads((results / "bench-world.json").read_text())["methods"]
+    assert means.keys() == told.keys()
+    for method, columns in means.items():
+        assert all(abs(told[method][name] - mean.value) < 1e-9 for name, mean in columns.items())
