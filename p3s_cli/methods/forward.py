@@ -24,7 +24,10 @@ class Forward:
 
 
 def forward(compiled: bool) -> Forward:
-    """The passes; compiled ones at the first call, minutes of it, and again for other shapes of tensors."""
+    """The passes; compiled ones at the first call, minutes of it, and again for other shapes of tensors.
+
+    Measured on a CPU, where that does not pay (`benchmarks/results/speed.md`); not yet on a GPU.
+    """
     return _compiled() if compiled else Forward()
 
 

@@ -79,7 +79,7 @@ def generate(
     references are shown to it. They are made by the method the subject was tuned with; `schedule`, `also`,
     `control`, `lora` and `references` are P3S's alone. At `reuse` steps in a row the copy's features are the same,
     and so is what guidance subtracts; 1 makes everything at every step. `compiled` (P3S's) costs minutes once a
-    process and makes each step faster. Steps, scheduler and `reuse` default to
+    process and is for GPUs. Steps, scheduler and `reuse` default to
     `config.PACES`, with `fast` to the quicker one. `metadata` puts the settings into each PNG. Raises
     InputError before the subject is tuned, after it has changed, for a prompt without [V], and for unknown names.
     """

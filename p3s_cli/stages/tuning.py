@@ -68,7 +68,7 @@ def finetune(
     Steps and learning rate default to the method's on this family; `preset` and `control`, which overrides
     its settings one by one, are P3S's alone, and so are `memory`, a profile's name (24, 16, 12, 8; `auto` is
     the device's own), and `vision`, another CLIP pair for the control to see the references through. `compiled`
-    costs minutes once a process and makes each step faster; what is learnt is the same but for rounding. An
+    costs minutes once a process and is for GPUs; what is learnt is the same but for rounding. An
     interrupted run goes on from its last checkpoint. Raises InputError for an unknown method and if masks are
     missing or stale.
     """
