@@ -93,7 +93,7 @@ def test_only_p3s_has_passes_to_compile(pair_of_subjects, tiny_family):
     with pytest.raises(InputError, match="lora has no step to compile"):
         stages.finetune(home, "lora", steps=1, compiled=True, family=tiny_family)
     stages.finetune(home, "lora", steps=1, family=tiny_family)
-    with pytest.raises(InputError, match="lora has no passes to compile"):
+    with pytest.raises(InputError, match="lora has no use for --compile"):
         stages.generate(home, "a [V] thing", compiled=True, family=tiny_family)
 
 

@@ -101,8 +101,7 @@ def generate(
     tuned = subject.tuned()
     methods.get(subject.method)
     joined.check(subjects)
-    if compiled and subject.method != "p3s":
-        raise InputError(f"{subject.method} has no passes to compile; leave out --compile")
+    _check_options(subject.method, sampling)
     report("loading the models", 0, 1)
     family = family or load(model or tuned.settings["base"], device, dtype, tuned.settings.get("vision"))
     for one in subjects:
@@ -146,6 +145,17 @@ def _sampling(
     config = settings.with_schedule(config, schedule)
     sample.check_scheduler(config.scheduler)
     return config
+
+
+def _check_options(method: str, sampling: settings.GenerateConfig) -> None:
+    """Raises InputError if another method than P3S is asked for what its copy alone has, and would not heed."""
+    if method == "p3s":
+        return
+    fresh = settings.GenerateConfig()
+    options = {"--schedule": "schedule", "--references": "references", "--compile": "compiled"}
+    given = [option for option, name in options.items() if getattr(sampling, name) != getattr(fresh, name)]
+    if given:
+        raise InputError(f"{method} has no use for {' and '.join(given)}, which only p3s heeds; leave that out")
 
 
 def _settled(sampling: settings.GenerateConfig, family: Family, subject: Subject) -> settings.GenerateConfig:

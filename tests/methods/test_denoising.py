@@ -1,0 +1,88 @@
+"""What the rivals minimise, on fixed draws and in closed form."""
+
+import copy
+
+import torch
+from rivals import bound, noise
+
+from p3s_cli.config import FinetuneConfig
+from p3s_cli.methods import denoising
+from p3s_cli.methods.base import Lesson
+from p3s_cli.methods.break_a_scene import Masked
+from p3s_cli.methods.denoising import Bank, Denoising, Part, noise_schedule, training_copy
+from p3s_cli.methods.dreambooth import DreamBooth, DreamBoothRecipe
+from p3s_cli.methods.words import NewWord
+from p3s_cli.sd import text
+from p3s_cli.sd.family import Family
+from p3s_cli.sd.train import step_generator
+
+
+def test_prior_preservation_is_the_sum_of_two_means(family):
+    """DreamBooth eq. 2 on a fixed batch: the same draws, the U-Net asked for each part by itself."""
+    g = torch.Generator().manual_seed(0)
+    own, others = torch.randn(2, 4, 16, 16, generator=g), torch.randn(3, 4, 16, 16, generator=g)
+    one, two = text.encode(family.tokenizer, family.text_encoder, ["a photo of a sks dog", "a photo of a dog"]).split(1)
+    loss = Denoising(family, family.unet, [Bank(own, one, 2), Bank(others, two, 3, weight=0.7)])
+    value, _ = loss(0, step_generator(0, 4))
+    g = step_generator(0, 4)
+    i, j = torch.randint(2, (2,), generator=g), torch.randint(3, (3,), generator=g)
+    t = torch.randint(1000, (5,), generator=g)
+    noise = torch.randn(5, 4, 16, 16, generator=g)
+    a = noise_schedule(family)[t].view(-1, 1, 1, 1)
+    x_t = a**0.5 * torch.cat((own[i], others[j])) + (1 - a) ** 0.5 * noise
+    error = lambda k, states: (family.unet(x_t[k], t[k], states).sample - noise[k]).square().mean()  # noqa: E731
+    expected = error(slice(2), one.expand(2, -1, -1)) + 0.7 * error(slice(2, 5), two.expand(3, -1, -1))
+    torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
+
+
+class _Answer(torch.nn.Module):
+    """A U-Net whose prediction is a parameter, so that the loss can be read as a function of it."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.answer = torch.nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x_t, t, states):
+        return type("Output", (), {"sample": self.answer})
+
+
+def test_the_masked_loss_ignores_what_is_outside_the_mask(family, subject):
+    """It is mean ||m (noise - predicted)||^2 over all positions: same value and no gradient whatever lies outside."""
+    inside = torch.zeros(1, 1, 16, 16)
+    inside[..., 4:9, 5:14] = 1
+    word = NewWord(family, subject.manifest, instead_of_class=True)
+    masked = Masked(torch.zeros(1, 4, 16, 16), inside, word, "a photo of a sks dog", 1)
+    unet = _Answer((1, 4, 16, 16))
+    loss = Denoising(family, unet, [masked])
+    first, _ = loss(0, step_generator(0, 0))
+    first.backward()
+    outside = (inside == 0).expand(1, 4, 16, 16)
+    assert not unet.answer.grad[outside].any() and unet.answer.grad[~outside].all()
+    with torch.no_grad():
+        unet.answer[outside] = 100.0
+    torch.testing.assert_close(loss(0, step_generator(0, 0))[0], first)
+    g = step_generator(0, 0)
+    torch.randint(1, (1,), generator=g), torch.randint(1000, (1,), generator=g)
+    truth = torch.randn(1, 4, 16, 16, generator=g)
+    torch.testing.assert_close(first.detach(), (truth * inside).square().mean())
+
+
+def test_parts_without_a_mask_and_with_a_full_one_are_the_same(family):
+    g = torch.Generator().manual_seed(0)
+    latents, states = torch.randn(1, 4, 16, 16, generator=g), torch.randn(1, 77, 128, generator=g)
+    parts = Part(latents, states), Part(latents, states, torch.ones(1, 1, 16, 16))
+    plain, full = (denoising.Denoising(family, family.unet, [lambda g, p=p: p])(0, step_generator(0, 0)) for p in parts)
+    torch.testing.assert_close(plain[0], full[0])
+
+
+def test_half_precision_training_keeps_float32_weights(family, subject):
+    """A rate of 1e-6 on weights near 1 is nothing in bfloat16; the copy that trains must not be in it."""
+    half = Family(family.source, family.profile, "cpu", torch.bfloat16)
+    half.__dict__["unet"] = copy.deepcopy(family.unet).to(torch.bfloat16)
+    lesson = Lesson(half, subject, FinetuneConfig())
+    tensors = DreamBooth("dreambooth", DreamBoothRecipe(steps=1, lr=1e-6)).fit(lesson)
+    base = training_copy(half.unet).state_dict()
+    moved = [(tensors[f"unet.{n}"] != p).float().mean().item() for n, p in base.items()]
+    assert min(moved) > 0.5 and half.unet.dtype == torch.bfloat16
+    with bound("dreambooth", half, subject, tensors) as generator:
+        assert torch.isfinite(noise(generator, half)).all()
