@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["P3SPipeline", "demo", "export_subject", "finetune", "finetune_many", "generate", "import_subject", "mask"]
+_STAGES = ("export_subject", "finetune", "finetune_many", "generate", "import_subject", "mask")
+_BENCHES = ("evaluate_dreambench", "evaluate_subject", "evaluate_world")
+__all__ = ["P3SPipeline", "demo", *_STAGES, *_BENCHES]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,8 +24,12 @@ def __getattr__(name: str) -> Any:
         from p3s_cli.pipeline import P3SPipeline
 
         return P3SPipeline
-    if name in __all__:
+    if name in _STAGES:
         from p3s_cli import stages
 
         return getattr(stages, name)
+    if name in _BENCHES:
+        from p3s_cli import benches
+
+        return getattr(benches, name)
     raise AttributeError(name)

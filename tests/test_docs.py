@@ -11,7 +11,16 @@ from p3s_cli.cli import app
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-ORDER = ("setup", "mask", "finetune", "generate", "compose", "share", "pipeline")  # each goes on where the last ended
+ORDER = (
+    "setup",
+    "mask",
+    "finetune",
+    "generate",
+    "compare",
+    "compose",
+    "share",
+    "pipeline",
+)  # each goes on where the last ended
 
 
 def blocks(page: str, kind: str) -> list[str]:
