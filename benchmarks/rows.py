@@ -4,7 +4,9 @@
     python benchmarks/rows.py runs/bench/shard-*/scores.jsonl --keep benchmarks/results/bench-world.jsonl.xz
     python benchmarks/rows.py benchmarks/results/bench-world.jsonl.xz
 
-`--keep` writes the joined rows into one compressed file, the pictures named as they lie in their folder of work.
+    python benchmarks/rows.py benchmarks/results/bench-world.jsonl.xz --less p3s
+
+`--less` adds by how much a method scores above each other one, image by image of the same prompt and seed. `--keep` writes the joined rows into one compressed file, the pictures named as they lie in their folder of work.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from p3s_cli.evals import protocols, report
-from p3s_cli.evals.scores import Row, Rows, table
+from p3s_cli.evals.scores import Row, Rows, differences, table
 
 
 def read(paths: Sequence[Path]) -> list[Row]:
@@ -44,12 +46,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("--protocol", default="world")
+    parser.add_argument("--less", metavar="METHOD")
     parser.add_argument("--keep", type=Path)
     args = parser.parse_args()
     rows, how = read(args.rows), protocols.protocol(args.protocol)
     if args.keep:
         keep(rows, args.keep)
     print("\n".join(report.lines(table(rows, how), how)))
+    if args.less:
+        print("\n" + "\n".join(report.lines(differences(rows, how, args.less), how, head=f"{args.less} less")))
 
 
 if __name__ == "__main__":

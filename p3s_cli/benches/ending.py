@@ -12,20 +12,24 @@ from p3s_cli.benches.cases import Case
 from p3s_cli.benches.entries import Entry
 from p3s_cli.benches.run import Outcome, Run
 from p3s_cli.evals import report
+from p3s_cli.evals.scores import differences
 
 PLOT = "trade-off.png"
+BASE = "p3s"  # whom all others are compared with
 
 
 @dataclass(frozen=True)
 class EvalResult:
     """`methods`: name -> column -> mean, and `seconds` (tuning a subject) and `seconds_per_image`.
 
-    `intervals`: name -> column -> bootstrap 95 % interval over subjects, where there are several.
+    `intervals`: name -> column -> bootstrap 95 % interval over subjects, where there are several. `differences`:
+    the same for what P3S scores above each other method, image by image, with the mean first.
     """
 
     protocol: str
     methods: dict[str, dict[str, float | None]]
     intervals: dict[str, dict[str, tuple[float, float]]]
+    differences: dict[str, dict[str, tuple[float, float | None, float | None]]]
     table: tuple[str, ...]
     scores: Path
     report: Path
@@ -36,7 +40,10 @@ def finish(run: Run, entries: Sequence[Entry], outcome: Outcome, title: str, cas
     how, notes = run.judge.protocol, [*_given(entries), *_budgets(outcome)]
     page, drawn = run.desk / "report.html", run.desk / PLOT
     asked = {case.name: case.subject / "references/00/overlay.png" for case in cases}
-    extras = report.Extras(outcome.seconds, notes, drawn if drawn.is_file() else None, asked)
+    drew = {entry.name for entry in entries}  # and no calibration line
+    gaps = differences([row for row in run.judged if row.method in drew], how, BASE)
+    less = (BASE, gaps) if gaps else None
+    extras = report.Extras(outcome.seconds, notes, drawn if drawn.is_file() else None, asked, less)
     with replacing(page) as temporary:
         temporary.write_text(report.html(run.judged, outcome.means, how, title, extras), encoding="utf-8")
     numbers, intervals = {}, {}
@@ -45,7 +52,9 @@ def finish(run: Run, entries: Sequence[Entry], outcome: Outcome, title: str, cas
         numbers[method] = {c: mean.value for c, mean in row.items()} | {"seconds": tuning, "seconds_per_image": image}
         intervals[method] = {c: (mean.low, mean.high) for c, mean in row.items() if mean.low is not None}
     lines = [*report.lines(outcome.means, how, outcome.seconds), "", *notes]
-    return EvalResult(how.name, numbers, intervals, tuple(lines), run.rows.path, page)
+    lines += ["", *report.lines(gaps, how, head=f"{BASE} less")] if gaps else []
+    apart = {m: {c: (mean.value, mean.low, mean.high) for c, mean in row.items()} for m, row in gaps.items()}
+    return EvalResult(how.name, numbers, intervals, apart, tuple(lines), run.rows.path, page)
 
 
 def _given(entries: Sequence[Entry]) -> list[str]:

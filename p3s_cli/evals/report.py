@@ -44,12 +44,15 @@ def columns(means: Mapping[str, Mapping[str, Mean]], protocol: Protocol) -> list
 
 
 def lines(
-    means: Mapping[str, Mapping[str, Mean]], protocol: Protocol, seconds: Mapping[str, Seconds] | None = None
+    means: Mapping[str, Mapping[str, Mean]],
+    protocol: Protocol,
+    seconds: Mapping[str, Seconds] | None = None,
+    head: str = "method",
 ) -> list[str]:
-    """A Markdown table; the protocol's name stands above its columns, which end with the times."""
+    """A Markdown table; the protocol's name stands above its columns, which end with the times. `head`: of the first."""
     names, times = columns(means, protocol), seconds or {}
-    head = [*names, *(_TIMES if times else ())]
-    table = [f"protocol {protocol.name}", "", "| method | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    heads = [head, *names, *(_TIMES if times else ())]
+    table = [f"protocol {protocol.name}", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for method, row in means.items():
         cells = [str(row.get(c, "")) for c in names] + _times(times, method)
         table.append(f"| {method} | " + " | ".join(cells) + " |")
@@ -66,13 +69,14 @@ class Extras:
     """What stands on the page beside the scores.
 
     `notes`: sentences under the table. `plot`: a picture below them. `references`: subject -> picture of what
-    was asked for.
+    was asked for. `less`: a method, and by how much it scores above each other one.
     """
 
     seconds: Mapping[str, Seconds] = field(default_factory=dict)
     notes: Sequence[str] = ()
     plot: Path | None = None
     references: Mapping[str, Path] = field(default_factory=dict)
+    less: tuple[str, Mapping[str, Mapping[str, Mean]]] | None = None
 
 
 def html(
@@ -90,8 +94,9 @@ def html(
             '<meta name="viewport" content="width=device-width">',
             f"<title>{escape(title)}</title><style>{_STYLE}</style>",
             f"<h1>{escape(title)}</h1>",
-            *_table(means, protocol, extras.seconds),
+            *_table(means, protocol, extras.seconds, "method"),
             *(f"<p>{escape(note)}</p>" for note in extras.notes),
+            *(_table(extras.less[1], protocol, {}, f"{extras.less[0]} less") if extras.less else []),
             *([_picture(extras.plot, 960, "plot")] if extras.plot else []),
             *_pictures(rows, extras.references),
             *_provenance(rows),
@@ -100,7 +105,9 @@ def html(
     )
 
 
-def _table(means: Mapping[str, Mapping[str, Mean]], protocol: Protocol, seconds: Mapping[str, Seconds]) -> list[str]:
+def _table(
+    means: Mapping[str, Mapping[str, Mean]], protocol: Protocol, seconds: Mapping[str, Seconds], first: str
+) -> list[str]:
     names = columns(means, protocol)
     head = "".join(f"<th>{escape(c)}<br><small>{escape(protocol.name)}</small></th>" for c in names)
     head += "".join(f"<th>{c}</th>" for c in _TIMES if seconds)
@@ -110,7 +117,7 @@ def _table(means: Mapping[str, Mapping[str, Mean]], protocol: Protocol, seconds:
         body.append(f"<tr><td>{escape(method)}</td>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     note = "<p>means over subjects; below them the bootstrap 95 % interval over subjects</p>"
     return [
-        f'<div class="wide"><table><thead><tr><th>method</th>{head}</tr></thead><tbody>',
+        f'<div class="wide"><table><thead><tr><th>{escape(first)}</th>{head}</tr></thead><tbody>',
         *body,
         f"</tbody></table></div>{note}",
     ]

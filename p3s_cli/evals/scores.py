@@ -16,6 +16,7 @@ from p3s_cli.atomic import append, replacing
 from p3s_cli.evals.protocols import Protocol
 
 _RESAMPLES = 2_000
+_Scores = defaultdict[tuple[str, str], defaultdict[str, list[float]]]  # (method, metric) -> subject -> numbers
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,45 @@ class Mean:
 
 def table(rows: Iterable[Row], protocol: Protocol) -> dict[str, dict[str, Mean]]:
     """method -> column -> mean: each subject's images are averaged first, then the subjects."""
-    scores: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    scores: _Scores = defaultdict(lambda: defaultdict(list))
+    for row in _of(rows, protocol):
+        scores[row.method, row.metric][row.subject].append(row.score)
+    found = _means(scores)
+    for column, of in protocol.variances.items():
+        for (method, metric), by_subject in scores.items():
+            if metric == of:
+                found[method][column] = summary(by_subject, pvariance)
+    return found
+
+
+def differences(rows: Iterable[Row], protocol: Protocol, one: str) -> dict[str, dict[str, Mean]]:
+    """method -> column -> by how much method `one` scores above it, image by image of the same prompt and seed.
+
+    What two methods find hard alike cancels, so these intervals are narrower than those of `table` apart. Where the
+    subject stands in the picture is no score, and left out.
+    """
+    places = {metric.name for metric in protocol.metrics if metric.against in ("x", "y")}
+    rows = [row for row in _of(rows, protocol) if row.metric not in places]
+    own = {_image(row): row.score for row in rows if row.method == one}
+    gaps: _Scores = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row.protocol == protocol.name:
-            scores[row.method, row.metric][row.subject].append(row.score)
+        if row.method != one and _image(row) in own:
+            gaps[row.method, row.metric][row.subject].append(own[_image(row)] - row.score)
+    return _means(gaps)
+
+
+def _of(rows: Iterable[Row], protocol: Protocol) -> list[Row]:
+    return [row for row in rows if row.protocol == protocol.name]
+
+
+def _image(row: Row) -> tuple[str, str, str, int]:
+    return row.metric, row.subject, row.prompt, row.seed
+
+
+def _means(scores: _Scores) -> dict[str, dict[str, Mean]]:
     found: dict[str, dict[str, Mean]] = defaultdict(dict)
     for (method, metric), by_subject in scores.items():
         found[method][metric] = summary(by_subject, fmean)
-        for column, of in protocol.variances.items():
-            if of == metric:
-                found[method][column] = summary(by_subject, pvariance)
     return dict(found)
 
 

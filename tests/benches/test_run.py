@@ -189,3 +189,6 @@ def test_fast_is_the_pace_of_every_method(subject):
     paces = [images.read_metadata(Path(f))["sampling"] for f in files]
     assert len(files) == 2 * 2 * 2 and list(result.methods) == ["p3s", "untuned"]  # named twice, it takes part once
     assert {(p["scheduler"], p["reuse"]) for p in paces} == {(PACES[True].scheduler, PACES[True].reuse)}
+    gap = result.methods["p3s"]["identity"] - result.methods["untuned"]["identity"]  # as many images of each
+    assert result.differences["untuned"]["identity"] == (pytest.approx(gap), None, None)  # one subject: no interval
+    assert any(line.startswith("| p3s less |") for line in result.table)

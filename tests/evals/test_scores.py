@@ -14,7 +14,7 @@ from p3s_cli.errors import InputError
 from p3s_cli.evals import report
 from p3s_cli.evals.metrics import roc_auc
 from p3s_cli.evals.protocols import PROTOCOLS, protocol
-from p3s_cli.evals.scores import Row, Rows, summary, table
+from p3s_cli.evals.scores import Row, Rows, differences, summary, table
 
 ROW = Row("p3s", "dog", "a dog", 0, "a.png", "ff", "2 pictures", "CLIP-I", "dreambooth", 0.5, "clip", "ab", "resize")
 
@@ -72,6 +72,19 @@ def test_variance_columns_are_population_variances_within_subjects():
     assert "DINO-v" not in found
 
 
+def test_differences_are_of_the_same_image_and_weigh_subjects_alike():
+    own = {("dog", 0): 0.5, ("dog", 1): 0.9, ("cat", 0): 0.4, ("cat", 7): 1.0}
+    other = {("dog", 0): 0.2, ("dog", 1): 0.8, ("cat", 0): 0.6}  # no image of the cat's seed 7
+    rows = [replace(ROW, subject=who, seed=seed, score=v) for (who, seed), v in own.items()]
+    rows += [replace(ROW, method="lora", subject=who, seed=seed, score=v) for (who, seed), v in other.items()]
+    rows += [replace(ROW, protocol="kosmos-g", method="lora", score=0.0)]
+    found = differences(rows, protocol("dreambooth"), "p3s")
+    gap = found["lora"]["CLIP-I"]
+    assert found.keys() == {"lora"} and gap.value == pytest.approx(((0.3 + 0.1) / 2 - 0.2) / 2)
+    assert (gap.low, gap.high) == (pytest.approx(-0.2), pytest.approx(0.2))  # of two subjects, either one twice
+    assert differences(rows, protocol("dreambooth"), "nobody") == {}
+
+
 def test_the_bootstrap_interval_holds_the_mean_and_shrinks_to_it():
     wide = summary({str(k): [k / 10] for k in range(10)}, fmean)
     assert wide.low < wide.value < wide.high
@@ -117,9 +130,11 @@ def test_the_page_escapes_what_it_is_told_and_needs_no_other_file(tmp_path):
     rows = [hostile, replace(hostile, file=str(tmp_path / "a.png"), seed=1)]
     means = table(rows, protocol("dreambooth"))
     picture = tmp_path / "a.png"
-    extras = report.Extras({"<b>": (12.34, None)}, [f"a note {bad}"], picture, {'"><i>': picture})
+    less = ("<i>", {"<b>": means["<b>"]})
+    extras = report.Extras({"<b>": (12.34, None)}, [f"a note {bad}"], picture, {'"><i>': picture}, less)
     page = report.html(rows, means, protocol("dreambooth"), 'a "title" & more', extras)
     assert not re.search("<(script|b|i)>", page) and "gone.png is gone" in page and "<td>12.3</td>" in page
+    assert page.count("<td>&lt;b&gt;</td>") == 1 + 1 + 1 and "<th>&lt;i&gt; less</th>" in page  # tables, pictures
     parser = Balanced()
     parser.feed(page)
     assert parser.open == [] and len(parser.asked) == 3  # the result, what was asked for, the plot
