@@ -2,11 +2,13 @@
 
     python benchmarks/rows.py runs/bench/shard-*/scores.jsonl
     python benchmarks/rows.py runs/bench/shard-*/scores.jsonl --keep benchmarks/results/bench-world.jsonl.xz
-    python benchmarks/rows.py benchmarks/results/bench-world.jsonl.xz
+    python benchmarks/rows.py benchmarks/results/bench-world.jsonl.xz --less p3s --columns selectivity identity prompt
+    python benchmarks/rows.py benchmarks/results/bench-world.jsonl.xz --measured benchmarks/results/bench-world.measured.json \\
+        --json benchmarks/results/bench-world.json --plot benchmarks/results/bench-world.png
 
-    python benchmarks/rows.py benchmarks/results/bench-world.jsonl.xz --less p3s
-
-`--less` adds by how much a method scores above each other one, image by image of the same prompt and seed. `--keep` writes the joined rows into one compressed file, the pictures named as they lie in their folder of work.
+`--less` adds by how much a method scores above each other one, image by image of the same prompt and seed. `--keep` writes
+the joined rows into one compressed file, the pictures named as they lie in their folder of work. `--json` writes what
+`p3s eval --json` says of them, with the seconds in `--measured`, and `--plot` its trade-off plot.
 """
 
 from __future__ import annotations
@@ -16,12 +18,21 @@ import json
 import lzma
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from p3s_cli.evals import protocols, report
-from p3s_cli.evals.scores import Row, Rows, differences, table
+from p3s_cli import methods
+from p3s_cli.benches import world
+from p3s_cli.benches.ending import BASE, numbers
+from p3s_cli.benches.entries import BUDGETS, Entry, rivals
+from p3s_cli.benches.ledger import Ledger
+from p3s_cli.benches.run import Outcome, gather
+from p3s_cli.evals import plot, protocols, report
+from p3s_cli.evals.protocols import Protocol
+from p3s_cli.evals.scores import Mean, Row, Rows, differences
+
+Means = Mapping[str, Mapping[str, Mean]]
 
 
 def read(paths: Sequence[Path]) -> list[Row]:
@@ -42,19 +53,58 @@ def keep(rows: Sequence[Row], path: Path) -> None:
     path.write_bytes(lzma.compress("".join(f"{line}\n" for line in lines).encode(), preset=9))
 
 
+def entries(names: Iterable[str]) -> list[Entry]:
+    """Those of `p3s eval` that have these names, perhaps at a strength (`lora, equal time x0.7`); no calibration line."""
+    known = {entry.name: entry for entry in rivals(methods.NAMES, methods.NAMES, BUDGETS)}
+    found = []
+    for name in names:
+        label, _, strength = name.partition(" x")
+        if label in known:
+            found.append(known[label].at_strength(float(strength)) if strength else known[label])
+    return found
+
+
+def drawn(rows: Sequence[Row]) -> list[Row]:
+    """Those of methods, and not of calibration lines."""
+    return [row for row in rows if row.method not in world.CALIBRATION]
+
+
+def told(rows: Sequence[Row], outcome: Outcome, how: Protocol) -> str:
+    """What `p3s eval --json` says of them."""
+    parts = zip(
+        ("methods", "intervals", "differences"), numbers(outcome, differences(drawn(rows), how, BASE)), strict=True
+    )
+    return json.dumps({"protocol": how.name, **dict(parts)}, indent=2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("--protocol", default="world")
     parser.add_argument("--less", metavar="METHOD")
-    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--columns", nargs="+", metavar="NAME")
+    parser.add_argument("--measured", type=Path, nargs="+", default=[Path("none")])
+    for option in ("--keep", "--json", "--plot"):
+        parser.add_argument(option, type=Path)
     args = parser.parse_args()
     rows, how = read(args.rows), protocols.protocol(args.protocol)
+    who = entries(dict.fromkeys(row.method for row in rows))
+    outcome = gather(rows, who, Ledger(args.measured[0], args.measured[1:]), how)
     if args.keep:
         keep(rows, args.keep)
-    print("\n".join(report.lines(table(rows, how), how)))
+    if args.json:
+        args.json.write_text(told(rows, outcome, how) + "\n")
+    if args.plot:
+        curves = {entry.name: (entry.label, entry.strength) for entry in who}
+        plot.trade_off(args.plot, outcome.means, how, curves, world.CALIBRATION)
+
+    def shown(means: Means) -> Means:
+        return {m: {c: mean for c, mean in row.items() if c in (args.columns or row)} for m, row in means.items()}
+
+    print("\n".join(report.lines(shown(outcome.means), how)))
     if args.less:
-        print("\n" + "\n".join(report.lines(differences(rows, how, args.less), how, head=f"{args.less} less")))
+        gaps = differences(drawn(rows), how, args.less)
+        print("\n" + "\n".join(report.lines(shown(gaps), how, head=f"{args.less} less")))
 
 
 if __name__ == "__main__":

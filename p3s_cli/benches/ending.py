@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from p3s_cli.benches.cases import Case
 from p3s_cli.benches.entries import Entry
 from p3s_cli.benches.run import Outcome, Run
 from p3s_cli.evals import report
-from p3s_cli.evals.scores import differences
+from p3s_cli.evals.scores import Mean, differences
 
 PLOT = "trade-off.png"
 BASE = "p3s"  # whom all others are compared with
@@ -46,15 +46,20 @@ def finish(run: Run, entries: Sequence[Entry], outcome: Outcome, title: str, cas
     extras = report.Extras(outcome.seconds, notes, drawn if drawn.is_file() else None, asked, less)
     with replacing(page) as temporary:
         temporary.write_text(report.html(run.judged, outcome.means, how, title, extras), encoding="utf-8")
-    numbers, intervals = {}, {}
-    for method, row in outcome.means.items():
-        tuning, image = outcome.seconds.get(method, (None, None))
-        numbers[method] = {c: mean.value for c, mean in row.items()} | {"seconds": tuning, "seconds_per_image": image}
-        intervals[method] = {c: (mean.low, mean.high) for c, mean in row.items() if mean.low is not None}
     lines = [*report.lines(outcome.means, how, outcome.seconds), "", *notes]
     lines += ["", *report.lines(gaps, how, head=f"{BASE} less")] if gaps else []
+    return EvalResult(how.name, *numbers(outcome, gaps), tuple(lines), run.rows.path, page)
+
+
+def numbers(outcome: Outcome, gaps: Mapping[str, Mapping[str, Mean]]) -> tuple[dict, dict, dict]:
+    """`methods`, `intervals` and `differences` of an `EvalResult`."""
+    methods, intervals = {}, {}
+    for method, row in outcome.means.items():
+        tuning, image = outcome.seconds.get(method, (None, None))
+        methods[method] = {c: mean.value for c, mean in row.items()} | {"seconds": tuning, "seconds_per_image": image}
+        intervals[method] = {c: (mean.low, mean.high) for c, mean in row.items() if mean.low is not None}
     apart = {m: {c: (mean.value, mean.low, mean.high) for c, mean in row.items()} for m, row in gaps.items()}
-    return EvalResult(how.name, numbers, intervals, apart, tuple(lines), run.rows.path, page)
+    return methods, intervals, apart
 
 
 def _given(entries: Sequence[Entry]) -> list[str]:

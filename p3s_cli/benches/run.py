@@ -9,21 +9,20 @@ Everything is found again by what it was made from, so an interrupted run goes o
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
-
 from p3s_cli import stages
-from p3s_cli.atomic import replacing, sha256
+from p3s_cli.atomic import sha256
 from p3s_cli.benches import shards
 from p3s_cli.benches.cases import Case
 from p3s_cli.benches.entries import Entry
+from p3s_cli.benches.ledger import Ledger
 from p3s_cli.errors import InputError
+from p3s_cli.evals.protocols import Protocol
 from p3s_cli.evals.report import Seconds
 from p3s_cli.evals.scores import Mean, Row, Rows, table
 from p3s_cli.evals.scoring import Judge, Result
@@ -54,6 +53,19 @@ class Outcome:
     equal_steps: dict[str, int] = field(default_factory=dict)
 
 
+def gather(rows: Iterable[Row], entries: Sequence[Entry], ledger: Ledger, protocol: Protocol) -> Outcome:
+    """What these rows say of these entries, with the times beside it."""
+    seconds = {e.name: (ledger.mean(f"tune/{e.tuning}"), ledger.mean(f"image/{e.tuning}")) for e in entries}
+    steps = {e.name: ledger.mean(f"steps/{e.tuning}") for e in entries if e.budget == "equal" and e.name == e.label}
+    equal = {name: int(n) for name, n in steps.items() if n is not None}
+    return Outcome(table(rows, protocol), seconds, budget_of(ledger) if equal else None, equal)
+
+
+def budget_of(ledger: Ledger) -> float | None:
+    """Equal time: what P3S's own tuning took, in seconds."""
+    return ledger.mean(f"tune/{Entry('p3s').tuning}")
+
+
 class Run:
     """One folder of work on one family. What it alone writes is on its `desk`; it knows what is on all the others."""
 
@@ -70,7 +82,7 @@ class Run:
         self.desk = shards.desk(work, shard)
         others = [desk for desk in shards.desks(work) if desk != self.desk]
         self.rows = Rows(self.desk / "scores.jsonl", [desk / "scores.jsonl" for desk in others])
-        self._ledger = _Ledger(self.desk / "measured.json", [desk / "measured.json" for desk in others])
+        self._ledger = Ledger(self.desk / "measured.json", [desk / "measured.json" for desk in others])
         self._judged: set[tuple[str, ...]] = set()
         judge.load()  # before hours of drawing, not after
 
@@ -97,14 +109,7 @@ class Run:
         return [row for row in self.rows if row.key in self._judged]
 
     def outcome(self, entries: Sequence[Entry]) -> Outcome:
-        seconds = {
-            e.name: (self._ledger.mean(f"tune/{e.tuning}"), self._ledger.mean(f"image/{e.tuning}")) for e in entries
-        }
-        steps = {
-            e.name: self._ledger.mean(f"steps/{e.tuning}") for e in entries if e.budget == "equal" and e.name == e.label
-        }
-        equal = {name: int(n) for name, n in steps.items() if n is not None}
-        return Outcome(table(self.judged, self.judge.protocol), seconds, self._budget() if equal else None, equal)
+        return gather(self.judged, entries, self._ledger, self.judge.protocol)
 
     def _results(self, entry: Entry, case: Case) -> list[Result]:
         subject = self._tuned(entry, case)
@@ -140,14 +145,11 @@ class Run:
             self._ledger.add(f"tune/{entry.tuning}", case.name, seconds)
         return directory
 
-    def _budget(self) -> float | None:
-        return self._ledger.mean(f"tune/{Entry('p3s').tuning}")
-
     def _equal_steps(self, entry: Entry, case: Case, directory: Path) -> int | None:
         """Steps that take this method as long as P3S took on average, its setup included; None for the published recipe."""
         if entry.budget == "published":
             return None
-        budget = self._budget()
+        budget = budget_of(self._ledger)
         if budget is None:
             raise InputError("equal time is P3S's own, which this run has not measured; let p3s take part, first")
         kind = f"steps/{entry.tuning}"
@@ -189,36 +191,3 @@ class _Watch:
             return whole
         (since, first), (until, last) = self._first, self._last
         return whole + first * (until - since) / (last - first) if last > first else None
-
-
-class _Ledger:
-    """Measured numbers (seconds, steps that fit into them) by kind and name, in a file that a run goes on with.
-
-    What is in other files is known, too.
-    """
-
-    def __init__(self, path: Path, others: Sequence[Path] = ()):
-        self.path, self._numbers = path, _numbers(path)
-        self._known = [self._numbers, *map(_numbers, others)]
-
-    def add(self, kind: str, name: str, seconds: float) -> None:
-        self._numbers.setdefault(kind, {})[name] = round(seconds, 3)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary:
-            temporary.write_text(json.dumps(self._numbers, indent=1))
-
-    def of(self, kind: str, name: str) -> float | None:
-        return next((found[kind][name] for found in self._known if name in found.get(kind, {})), None)
-
-    def mean(self, kind: str) -> float | None:
-        values = [value for found in self._known for value in found.get(kind, {}).values()]
-        return sum(values) / len(values) if values else None
-
-
-def _numbers(path: Path) -> dict[str, dict[str, float]]:
-    if not path.is_file():
-        return {}
-    try:
-        return TypeAdapter(dict[str, dict[str, FiniteFloat]]).validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise InputError(f"{path} is damaged; remove it, and what is made from now on is measured again") from error

@@ -11,6 +11,7 @@ from p3s_cli.benches import run as running
 from p3s_cli.benches.cases import subject_case
 from p3s_cli.benches.ending import finish
 from p3s_cli.benches.entries import ablations, choose, rivals
+from p3s_cli.benches.ledger import Ledger
 from p3s_cli.config import PACES
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.evals.protocols import protocol
@@ -112,7 +113,7 @@ def test_a_metric_model_that_is_missing_is_said_before_anything_is_tuned(subject
 def test_measured_seconds_that_are_damaged_are_one_sentence(tmp_path, text):
     (tmp_path / "measured.json").write_text(text)
     with pytest.raises(InputError, match="measured.json is damaged; remove it"):
-        running._Ledger(tmp_path / "measured.json")
+        Ledger(tmp_path / "measured.json")
 
 
 def test_two_evaluations_of_one_subject_do_not_mix(subject):
