@@ -47,9 +47,11 @@ def read(paths: Sequence[Path]) -> list[Row]:
 
 
 def keep(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows, their files relative to the folder that holds them all."""
-    root = os.path.commonpath([os.path.dirname(row.file) for row in rows])
-    lines = [json.dumps(asdict(replace(row, file=os.path.relpath(row.file, root))), sort_keys=True) for row in rows]
+    """Write the rows, their files relative to the folder that holds them all; those kept before are so already."""
+    placed = [os.path.dirname(row.file) for row in rows if os.path.isabs(row.file)]
+    root = os.path.commonpath(placed) if placed else ""
+    files = [os.path.relpath(row.file, root) if os.path.isabs(row.file) else row.file for row in rows]
+    lines = [json.dumps(asdict(replace(row, file=f)), sort_keys=True) for row, f in zip(rows, files, strict=True)]
     path.write_bytes(lzma.compress("".join(f"{line}\n" for line in lines).encode(), preset=9))
 
 

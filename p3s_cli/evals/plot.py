@@ -29,6 +29,7 @@ def trade_off(
     calibration: tuple[str, ...] = (),
 ) -> None:
     """Write a PNG. `curves`: row of the table -> (method, strength); rows in `calibration` become lines."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     prompt, fidelity = axes(protocol)
@@ -36,8 +37,9 @@ def trade_off(
     for row, (method, strength) in curves.items():
         if {prompt, fidelity} <= set(means.get(row, {})):
             points[method].append((strength, means[row][prompt].value, means[row][fidelity].value))
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    figure = Figure(figsize=(8.8, 4.8), layout="constrained")
     plane = figure.subplots()
+    plane.set_prop_cycle(color=colormaps["tab20"].colors)  # every rival at both budgets has a colour of its own
     for method, found in points.items():
         strengths, x, y = zip(*sorted(found), strict=True)
         plane.plot(x, y, marker="o", label=method)
@@ -48,6 +50,6 @@ def trade_off(
             plane.axhline(means[row][fidelity].value, linestyle=style, color="grey", label=row)
     plane.set(xlabel=f"{prompt} ({protocol.name})", ylabel=f"{fidelity} ({protocol.name})")
     if plane.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")

@@ -1,10 +1,13 @@
 """The rows that a benchmark keeps: compressed and without the places of a machine, they make the table of the run."""
 
 import importlib.util
+import json
 import lzma
 from dataclasses import replace
 from pathlib import Path
 
+from p3s_cli.benches.ledger import Ledger
+from p3s_cli.benches.run import gather
 from p3s_cli.evals.protocols import protocol
 from p3s_cli.evals.scores import Row, Rows, table
 
@@ -32,15 +35,23 @@ def test_shards_joined_and_compressed_make_the_same_table_and_name_no_place(tmp_
     assert {r.file for r in again} == {"00-dog/0.png", "01-cat/0.png"}
     assert str(tmp_path) not in lzma.decompress(kept.read_bytes()).decode()
     assert [replace(r, file="") for r in again] == [replace(r, file="") for r in joined]
+    rows.keep([*again, made(tmp_path / "work", "02-duck", 0.5), made(tmp_path / "work", "03-car", 0.5)], kept)
+    assert {r.file for r in rows.read([kept])} == {f"{s}/0.png" for s in (*scores, "02-duck", "03-car")}
     mean = table(again, protocol("world"))["p3s"]["identity"]
     assert (mean.value, mean.subjects, mean.images) == (0.5, 2, 2)
 
 
+def test_names_in_rows_are_the_entries_that_drew_them():
+    found = rows.entries(["true pictures", "p3s", "lora, equal time x0.7", "nobody"])
+    assert [(e.method, e.budget, e.strength) for e in found] == [("p3s", "published", 1.0), ("lora", "equal", 0.7)]
+
+
 def test_rows_of_the_committed_bench_say_what_its_table_says():
-    """Its results are derived from rows that anyone can read."""
-    results = Path(__file__).parents[2] / "benchmarks/results"
-    means = table(rows.read([results / "bench-world.jsonl.xz"]), protocol("world"))
-    told = rows.json.loads((results / "bench-world.json").read_text())["methods"]
-    assert means.keys() == told.keys()
-    for method, columns in means.items():
-        assert all(abs(told[method][name] - mean.value) < 1e-9 for name, mean in columns.items())
+    """Its results are derived from rows and measured seconds that anyone can read."""
+    results, how = Path(__file__).parents[2] / "benchmarks/results", protocol("world")
+    kept = rows.read([results / "bench-world.jsonl.xz"])
+    entries = rows.entries(dict.fromkeys(row.method for row in kept))
+    outcome = gather(kept, entries, Ledger(results / "bench-world.measured.json"), how)
+    told = json.loads((results / "bench-world.json").read_text())
+    assert json.loads(rows.told(kept, outcome, how)) == told
+    assert len(told["methods"]) == len(entries) + 2 and told["methods"]["p3s"]["seconds"] > 0  # two calibration lines

@@ -1,6 +1,6 @@
 """The trade-off plot shows what the table says."""
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from p3s_cli.evals import plot
 from p3s_cli.evals.protocols import protocol
@@ -30,3 +30,12 @@ def test_rows_without_both_numbers_are_left_out_and_the_rest_is_drawn(tmp_path):
     for name, there in (("with.png", True), ("without.png", False)):
         with Image.open(tmp_path / name) as picture:
             assert (first_curve in {colour for _, colour in picture.convert("RGB").getcolors(2**20)}) == there
+
+
+def test_the_legend_of_every_method_at_both_budgets_is_inside_the_picture(tmp_path):
+    names = [f"a-method-with-a-long-name-{k}, equal time" for k in range(14)]
+    means = {name: {"prompt": mean(0.9), "identity": mean(0.4)} for name in names}
+    plot.trade_off(tmp_path / "many.png", means, protocol("world"), {name: (name, 1.0) for name in names})
+    with Image.open(tmp_path / "many.png") as picture:
+        rim = ImageChops.invert(picture.convert("L")).getbbox()
+        assert rim[0] > 0 and rim[1] > 0 and rim[2] < picture.width and rim[3] < picture.height
