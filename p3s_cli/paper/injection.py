@@ -98,14 +98,20 @@ def attend(
     k, v = text(attn, keys) if text else (_heads(attn, attn.to_k, keys), _heads(attn, attn.to_v, values))
     weights = None
     if explicit:
-        logits = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
-        weights = torch.softmax(logits if bias is None else logits + bias, dim=-1)
+        weights = _map(q, k, bias)
         out = weights.to(v.dtype) @ v
     elif bias is not None and bias.requires_grad:
         out = _learnt_bias_attention(q, k, v, bias)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
     return attn.to_out[0](out.transpose(1, 2).flatten(2)), weights
+
+
+def _map(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """P3S eq. 13: softmax(q k^T / sqrt(d) + bias), (B, heads, N, M), in fp32 under autocast, too."""
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+        return torch.softmax(logits if bias is None else logits + bias, dim=-1)
 
 
 def _learnt_bias_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -212,10 +218,9 @@ def injected_keys_values(z: Tensor, p3s: Sequence[Injection], name: str) -> tupl
 
 def _shift(p3s: Injection, name: str) -> Tensor:
     """What is added to the logits of an injection's extra keys, (B, 1, 1), fp32."""
-    share = math.log(p3s.share)
-    if p3s.gates is not None:
-        return _weight(p3s).float().log() + p3s.gates[name].float() + share
-    shift = torch.full_like(_weight(p3s).float(), share)
+    weight, share = p3s.weight.view(-1, 1, 1).float(), math.log(p3s.share)
+    shift = torch.full_like(weight, share) if p3s.gates is None else weight.log() + p3s.gates[name].float() + share
+    # filled in, for the logarithm of a weight made zero has no gradient that a learnt weight could use
     return shift if p3s.active is None else shift.masked_fill(~p3s.active.view(-1, 1, 1), float("-inf"))
 
 

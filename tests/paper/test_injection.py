@@ -225,6 +225,17 @@ def test_gradients_reach_every_trained_part_and_no_frozen_one(unet, make_control
     assert all(p.grad is None for p in unet.parameters())
 
 
+def test_maps_are_in_fp32_under_autocast_too(unet, states):
+    """Rows of a bfloat16 softmax sum to 1 within 2^-8 each entry; in fp32, of fp32 logits, to rounding."""
+    z, _ = states
+    attn = attention(unet)
+    with torch.autocast("cpu", torch.bfloat16):
+        q, k = (projection(z).unflatten(-1, (4, 32)).transpose(1, 2).float() for projection in (attn.to_q, attn.to_k))
+        _, weights = attend(attn, z, z, z, None, explicit=True)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights, torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(32), -1))
+
+
 def test_maps_of_the_last_layer_only_or_of_all(unet, make_control, batch):
     x_t, t, text, latent, vision = batch
     for layers, expected in (("last", 1), ("all", 11)):
