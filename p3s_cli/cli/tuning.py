@@ -91,10 +91,11 @@ def _show_any(result: Any) -> list[str]:
 
 
 def _show(result: Any) -> list[str]:
+    skipped = f", {result.skipped} of them skipped, as they were not finite" if result.skipped else ""
     state = (
         "unchanged since it was tuned"
         if result.unchanged
-        else f"tuned for {result.steps} steps (memory profile {result.memory}), last loss {result.loss:.4f}"
+        else f"tuned for {result.steps} steps{skipped} (memory profile {result.memory}), last loss {result.loss:.4f}"
     )
     warnings = [f"warning: {w}" for w in result.warnings]
     return [*warnings, f"{result.subject}: {state}", f'now: p3s generate {result.subject} "a [V] ... on the beach"']

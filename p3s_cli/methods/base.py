@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
@@ -45,7 +46,8 @@ class Lesson:
     checkpoint: Checkpoint | None = None
 
     def train(self, parameters: Mapping[str, nn.Parameter], loss: Loss, recipe: Recipe) -> dict[str, Tensor]:
-        """The one loop, heard and kept as asked for."""
+        """The one loop, heard and kept as asked for, in the family's precision."""
+        recipe = replace(recipe, half=self.family.dtype == torch.float16)
         return train(parameters, loss, recipe, self.on_step, self.checkpoint)
 
 

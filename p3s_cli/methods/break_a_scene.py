@@ -84,7 +84,7 @@ class BreakAScene:
         first, second = r.steps // 2, r.steps - r.steps // 2
         # beside the run's own checkpoint and under its name, so that it goes when that one goes
         kept_at = lesson.checkpoint
-        early = kept_at and replace(kept_at, path=kept_at.path.with_name(f"{kept_at.path.name}-word"))
+        early = kept_at and replace(kept_at, path=kept_at.path.with_name(f"{kept_at.path.name}-word"), last=True)
         recipe = Recipe(first, r.word_lr, r.weight_decay, seed=seed)
         half = replace(lesson, on_step=_counted(lesson.on_step, 0, r.steps), checkpoint=early)
         half.train({"word": word.row}, loss, recipe)

@@ -1,6 +1,6 @@
 """The one training loop: the world's models and every method's control are trained by it.
 
-Everything random in a step comes from a generator seeded by (seed, step), so a run that resumes
+Everything random in a step comes from a generator seeded by (seed, draw), so a run that resumes
 from a checkpoint is the run that was never interrupted.
 """
 
@@ -22,14 +22,20 @@ from p3s_cli.errors import P3SError
 from p3s_cli.sd import checkpoints
 from p3s_cli.sd.adamw8 import AdamW8
 
-# A loss takes the step and its generator and returns the scalar to minimise and numbers worth logging.
+# A loss takes the number of the draw (the step's own, unless draws come again) and its generator, and returns the
+# scalar to minimise and numbers worth logging.
 Loss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train. `lr_scale` multiplies the rate of parameters whose name starts with a key."""
+    """How long and how fast to train.
+
+    `lr_scale` multiplies the rate of parameters whose name starts with a key. After `draws` steps what was drawn
+    comes again, in the same order; None: never. `half`: some of the forward pass is in float16, whose small
+    gradients would be lost; the loss is scaled for them (`torch.amp.GradScaler`).
+    """
 
     steps: int
     lr: float
@@ -42,14 +48,20 @@ class Recipe:
     seed: int = 0
     lr_scale: tuple[tuple[str, float], ...] = ()
     optimizer: Optimizer = "adamw"
+    draws: int | None = None
+    half: bool = False
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The folder in which the state of a run is kept (`checkpoints`), and how often, in seconds."""
+    """The folder in which the state of a run is kept (`checkpoints`), and how often, in seconds.
+
+    `last`: at its end as well, for whoever comes back to a run that is over.
+    """
 
     path: Path
     every: float = 120.0
+    last: bool = True
 
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "root", "root_scale")
@@ -96,7 +108,8 @@ def train(
     saved, end = time.monotonic(), min(recipe.steps, until if until is not None else recipe.steps)
     with signals.deferred() as asked_to_stop:
         while run.step < end and not asked_to_stop():
-            value, log = loss(run.step, step_generator(recipe.seed, run.step))
+            draw = run.step % (recipe.draws or recipe.steps)
+            value, log = loss(draw, step_generator(recipe.seed, draw))
             run.apply(value, log)
             if run.in_a_row == _SKIPPED_IN_A_ROW:
                 raise P3SError(
@@ -106,7 +119,7 @@ def train(
             if checkpoint and time.monotonic() - saved > checkpoint.every:
                 run.save(checkpoint.path)
                 saved = time.monotonic()
-        if checkpoint:
+        if checkpoint and (checkpoint.last or run.step < recipe.steps or asked_to_stop()):
             run.save(checkpoint.path)
     return run.weights()
 
@@ -128,6 +141,9 @@ class _Run:
         else:
             fused = next(iter(self.parameters.values())).device.type in ("cpu", "cuda")
             self.optimizer = torch.optim.AdamW(groups, **options, fused=fused)
+        self.optimizer.zero_grad()
+        device = next(iter(self.parameters.values())).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=recipe.half)
         self.base_rates = [g["lr"] for g in self.optimizer.param_groups]
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if recipe.ema else {}
         self.skipped, self.in_a_row = 0, 0  # steps that were not finite
@@ -138,10 +154,11 @@ class _Run:
 
     def apply(self, value: Tensor, log: dict[str, float]) -> None:
         """One optimiser step; nothing changes but the counts if anything was not finite."""
-        self.optimizer.zero_grad(set_to_none=True)
         finite = bool(torch.isfinite(value))
         if finite:
-            value.backward()
+            self.scaler.scale(value).backward()
+            self.scaler.unscale_(self.optimizer)
+            self.scaler.update()  # halves the scale where a gradient is not finite
             norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip)
             finite = bool(torch.isfinite(norm))
         if finite:
@@ -151,6 +168,7 @@ class _Run:
             self.optimizer.step()
             self._average()
             self.recent.append({"loss": value.item(), **log})
+        self.optimizer.zero_grad()  # now, and not before the next backward: the forward pass needs the room
         self.step += 1
         self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1
 
@@ -181,6 +199,7 @@ class _Run:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"{key}/{name}"] = torch.as_tensor(value)
         counts = {"step": self.step, "skipped": self.skipped, "in_a_row": self.in_a_row}
+        counts |= {"scaler": self.scaler.state_dict()} if self.recipe.half else {}
         checkpoints.commit(folder, self.step, state, counts | {"recent": list(self.recent)})
 
     @torch.no_grad()
@@ -195,6 +214,7 @@ class _Run:
             raise P3SError(f"{folder} is a checkpoint of another model; remove it to begin again")
         self.step, self.skipped, self.in_a_row = (int(metadata[n]) for n in ("step", "skipped", "in_a_row"))
         self.recent.extend(metadata["recent"])
+        self.scaler.load_state_dict(metadata.get("scaler", {}))
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"param/{name}"])
             if name in self.ema:

@@ -100,7 +100,8 @@ def finetune(
 
     # the checkpoint's name is what the run depends on, so a run with other settings never resumes from it
     def fit(profile: str, saving: settings.MemoryProfile) -> tuple[str, dict[str, torch.Tensor]]:
-        checkpoint = Checkpoint(subject.path(f"{_CHECKPOINT}{digest(inputs, options, seed, profile)[:16]}"))
+        path = subject.path(f"{_CHECKPOINT}{digest(inputs, options, seed, profile)[:16]}")
+        checkpoint = Checkpoint(path, last=False)  # at SD v1-5's size 10 GB, to be removed at once
         with exact(deterministic):
             return profile, teacher.fit(Lesson(family, subject, replace(config, memory=saving), on_step, checkpoint))
 

@@ -1,5 +1,7 @@
 """The one loop: it descends, resumes bit-equal, skips what is not finite."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -77,3 +79,67 @@ def test_named_parameters_may_learn_faster():
     train(parameters, loss, Recipe(steps=1, lr=1e-3, lr_scale=(("gates", 100.0),)))
     assert parameters["gates.a"].item() == pytest.approx(-0.1, rel=1e-3)
     assert parameters["b"].item() == pytest.approx(-1e-3, rel=1e-3)
+
+
+def test_with_draws_the_same_ones_come_again_in_the_same_order():
+    w, seen = torch.nn.Parameter(torch.zeros(1)), []
+
+    def loss(draw, generator):
+        seen.append((draw, float(torch.rand(1, generator=generator))))
+        return w.sum(), {}
+
+    train({"w": w}, loss, Recipe(steps=7, lr=0.1, draws=3))
+    assert [draw for draw, _ in seen] == [0, 1, 2, 0, 1, 2, 0]
+    assert seen[3:6] == seen[:3] and seen[6] == seen[0] and len({number for _, number in seen}) == 3
+
+
+def test_scaling_for_half_precision_changes_no_bit_where_nothing_would_be_lost(tmp_path):
+    """The scale is a power of two, which floats multiply and divide by exactly; a checkpoint keeps it."""
+    recipe = Recipe(steps=30, lr=0.05)
+    plain, half = (train(*problem()[:2], r)["w"] for r in (recipe, replace(recipe, half=True)))
+    assert torch.equal(plain, half)
+    for until in (11, None):
+        pieces = train(*problem()[:2], replace(recipe, half=True), checkpoint=Checkpoint(tmp_path / "run"), until=until)
+    assert torch.equal(plain, pieces["w"])
+
+
+def test_gradients_too_small_for_half_precision_are_not_lost():
+    """2^-26 is a quarter of fp16's smallest number, 2^-24, and rounds to nothing; 2^16 times it does not.
+
+    Adam's first step is lr g / (g + 1e-8).
+    """
+
+    def learnt(half: bool) -> float:
+        w = torch.nn.Parameter(torch.zeros(1))
+        return float(train({"w": w}, lambda *_: (w.half().float().sum() * 2**-26, {}), Recipe(1, 0.1, half=half))["w"])
+
+    first = -0.1 * 2**-26 / (2**-26 + 1e-8)
+    assert learnt(half=False) == 0 and learnt(half=True) == pytest.approx(first, rel=1e-2)
+
+
+def test_a_gradient_that_overflows_when_scaled_is_skipped_until_the_scale_suits_it():
+    """1 times 2^16 is beyond fp16's 65504, half of it is not: one step is skipped."""
+    w = torch.nn.Parameter(torch.zeros(1))
+    seen = []
+    train({"w": w}, lambda *_: (w.half().float().sum(), {}), Recipe(3, 0.1, half=True), lambda *a: seen.append(a[2]))
+    assert [s["skipped"] for s in seen] == [1, 1, 1] and w.item() == pytest.approx(-0.2, rel=1e-3)
+
+
+def test_no_gradient_outlives_its_step():
+    """The next forward pass needs the memory they are in."""
+    w, found = torch.nn.Parameter(torch.zeros(2)), []
+
+    def loss(step, generator):
+        found.append(w.grad)
+        return (w - 1).square().sum() * (torch.inf if step == 1 else 1), {}
+
+    train({"w": w}, loss, Recipe(steps=4, lr=0.1))
+    assert found == [None] * 4 and w.grad is None
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_the_state_at_the_end_is_kept_where_someone_comes_back_for_it(tmp_path, last):
+    checkpoint, recipe = Checkpoint(tmp_path / "run", last=last), Recipe(steps=5, lr=0.1)
+    for until, kept in ((3, ["step-00000003"]), (None, ["step-00000005" if last else "step-00000003"])):
+        train(*problem()[:2], recipe, checkpoint=checkpoint, until=until)
+        assert [p.name for p in checkpoint.path.iterdir()] == kept
