@@ -32,7 +32,7 @@ def test_a_frozen_part_in_bfloat16_tunes_as_one_in_float32_does(tmp_path):
 @pytest.mark.parametrize("method", methods.NAMES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_what_every_method_learns_in_half_precision_is_drawn_in_it(tmp_path, tiny_folder, method, dtype):
-    """bfloat16 is what `--dtype auto` takes on CUDA. Two steps hardly move the base, and half precision moves it less:
+    """They are what `--dtype auto` takes on CUDA. Two steps hardly move the base, and half precision moves it less:
     bfloat16 keeps 8 bits of a number, so pictures in [0, 255] that part by a few levels are of the same numbers."""
     photo, pictures = tiny.photo(tmp_path / "photo.png"), {}
     family = load(str(tiny_folder), "cpu", dtype)

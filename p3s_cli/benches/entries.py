@@ -45,6 +45,11 @@ class Entry:
         return float(self.sampling.get("strength", 1.0))
 
     @property
+    def plain(self) -> bool:
+        """Whether its tuning is the method's own, and nothing else is asked of it."""
+        return self.control is None and self.steps is None and self.budget == "published"
+
+    @property
     def label(self) -> str:
         """The name without its strength: whose curve this is a point of."""
         return self.name.rsplit(" x", 1)[0] if "strength" in self.sampling else self.name

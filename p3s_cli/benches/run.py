@@ -28,7 +28,7 @@ from p3s_cli.evals.scores import Mean, Row, Rows, table
 from p3s_cli.evals.scoring import Judge, Result
 from p3s_cli.methods import pace
 from p3s_cli.sd.family import Family
-from p3s_cli.subject import Subject
+from p3s_cli.subject import CONTROL, Subject
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ class Run:
                 n=self.plan.images,
                 seed=self.plan.seed,
                 family=self.family,
+                safety_checker=False,  # what it blackens by mistake would be scored
                 **(self.plan.sampling or {}) | dict(entry.sampling),
             )
             if drawn := len(set(made.images) - before):  # after a kill, fewer than were asked for
@@ -133,8 +134,10 @@ class Run:
         return results
 
     def _tuned(self, entry: Entry, case: Case) -> Path:
-        directory = self.work / entry.tuning / case.name
-        _copy_masked(case.shown(entry.references), directory)
+        directory, source = self.work / entry.tuning / case.name, case.shown(entry.references)
+        _copy_masked(source, directory)
+        if entry.plain and _copy_control(source, directory, entry.method, self.family.fingerprint()):
+            return directory
         steps = entry.steps or self._equal_steps(entry, case, directory)
         _ = self.family.unet, self.family.vae, self.family.text_encoder, self.family.vision  # loading is no tuning
         watch = _Watch()
@@ -161,7 +164,7 @@ class Run:
 
 
 def _copy_masked(source: Path, target: Path) -> None:
-    """The references and their masks, without whatever was tuned on them; not again while they are the same."""
+    """The references and their masks, without what was tuned on them; not again while they are the same."""
     none = {"finetune": None, "generated": []}
     wanted = Subject.open(source).manifest.model_copy(update=none)
     if Subject.exists(target) and Subject.open(target).manifest.model_copy(update=none) == wanted:
@@ -171,6 +174,24 @@ def _copy_masked(source: Path, target: Path) -> None:
     bare = Subject(target, wanted)
     with bare.changing():  # the references are in place; only the manifest is new
         pass
+
+
+def _copy_control(source: Path, target: Path, method: str, base_fingerprint: str) -> bool:
+    """What the subject's owner tuned by this method on this base, if anything, is what is judged.
+
+    Raises InputError if it is damaged, or older than the masks.
+    """
+    owned, subject = Subject.open(source), Subject.open(target)
+    stage = owned.manifest.finetune
+    if stage is None or (owned.method, stage.settings.get("base_fingerprint")) != (method, base_fingerprint):
+        return False
+    owned.check_control(base_fingerprint)
+    if subject.manifest.finetune != stage or not subject.intact(stage, CONTROL):
+        subject.manifest.finetune = stage
+        with subject.changing() as folder:
+            (folder / CONTROL).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(owned.path(CONTROL), folder / CONTROL)
+    return True
 
 
 class _Watch:

@@ -15,7 +15,7 @@ import typer
 from p3s_cli.errors import P3SError
 
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 on CUDA.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is half precision on CUDA.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**53, help="Seed of everything random in this stage.")]
 Memory = Annotated[str, typer.Option(help="Memory profile: auto, 24, 16, 12 or 8 (GB).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -241,13 +241,18 @@ def resolve_device(name: str) -> str:
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+    """`auto` is bfloat16 on CUDA, float16 on cards that only emulate that (before Ampere), float32 elsewhere."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name == "auto":
-        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+        return _half(device) if device.startswith("cuda") else torch.float32
     if name not in kinds:
         raise InputError(f"no dtype is called {name!r}; choose one of: auto, {', '.join(kinds)}")
     return kinds[name]
+
+
+def _half(device: str) -> torch.dtype:
+    with torch.cuda.device(device):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _statistics(part: Part) -> tuple[list[float], list[float]]:

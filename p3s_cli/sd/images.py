@@ -122,7 +122,7 @@ def read_metadata(path: Path) -> dict | None:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """(B, 3, H, W) in [0, 1] -> scaled latents (B, 4, H/8, W/8), the posterior's mean, float32."""
-    pixels = (2 * images - 1).to(vae.device, vae.dtype)
+    pixels = (2 * images - 1).to(_device(vae), vae.dtype)
     return torch.cat([vae.encode(p).latent_dist.mean for p in pixels.split(8)]).float() * vae.config.scaling_factor
 
 
@@ -146,4 +146,9 @@ def decode(vae: AutoencoderKL, latents: Tensor, together: int = 4) -> Tensor:
 
 
 def _decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    return vae.decode(latents.to(vae.device, vae.dtype)).sample.float().cpu()
+    return vae.decode(latents.to(_device(vae), vae.dtype)).sample.float().cpu()
+
+
+def _device(vae: AutoencoderKL) -> torch.device:
+    """Where it works: a model kept off the device (diffusers' offloading) is brought there by its own hook."""
+    return getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device

@@ -20,6 +20,7 @@ from p3s_cli.lock import writing
 from p3s_cli.methods.pace import Pace
 from p3s_cli.sd import images
 from p3s_cli.sd.family import load
+from p3s_cli.stages.tuning import finetune
 from p3s_cli.subject import Subject
 
 PROMPTS = ("a [V] {} on the beach", "a [V] {} in the snow")
@@ -91,6 +92,22 @@ def test_interrupted_in_the_middle_it_comes_to_the_same_numbers(subject, tmp_pat
     whole = evaluate(other, model=Subject.open(subject).manifest.model).methods["p3s"]
     for column in ("selectivity", "identity", "prompt", "CLIP-I", "CLIP-T"):
         assert resumed[column] == whole[column]
+
+
+def test_what_the_owner_tuned_is_judged_as_it_is(subject, monkeypatch):
+    """Four steps at a rate of their own, which no recipe has; the other method tunes a copy."""
+    finetune(subject, steps=4, lr=3e-4, device="cpu")
+    tuned, heard = stages.finetune, []
+    monkeypatch.setattr(stages, "finetune", lambda *a, **k: (heard.append(k["method"]), tuned(*a, **k))[1])
+    evaluate(subject, names=["p3s", "untuned"])
+    assert heard == ["untuned"]
+    (judged,) = (subject / "eval").glob("p3s-*/*/control/control.safetensors")
+    assert judged.read_bytes() == (subject / "control/control.safetensors").read_bytes()
+    manifest = Subject.open(subject).manifest.model_copy(update={"class_word": "toy"})
+    with Subject(subject, manifest, found=True).changing():
+        pass
+    with pytest.raises(InputError, match="has changed since it was tuned"):
+        evaluate(subject)
 
 
 def test_rows_of_earlier_settings_stay_in_the_file_and_out_of_the_means(subject):

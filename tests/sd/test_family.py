@@ -1,5 +1,6 @@
 """Families by name, and what is said when one cannot be had."""
 
+import contextlib
 import copy
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from p3s_cli.errors import InputError
 from p3s_cli.sd import text
-from p3s_cli.sd.family import load, resolve_device
+from p3s_cli.sd.family import load, resolve_device, resolve_dtype
 from p3s_cli.sd.pipeline import pipeline
 from p3s_cli.sd.sample import build_scheduler, initial_noise, sample
 
@@ -48,6 +49,15 @@ def test_unknown_device_and_dtype():
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no cuda device"):
             load("world", device="cuda")
+
+
+def test_the_precision_left_open_is_one_that_the_card_computes_in(monkeypatch):
+    """Before Ampere bfloat16 is emulated, with no fused attention."""
+    monkeypatch.setattr(torch.cuda, "device", lambda which: contextlib.nullcontext())
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, n=native: n)
+        assert resolve_dtype("auto", "cuda:1") == dtype and resolve_dtype("float32", "cuda") == torch.float32
+    assert resolve_dtype("auto", "cpu") == resolve_dtype("auto", "mps") == torch.float32
 
 
 def test_a_diffusers_folder_brings_its_own_profile(world):

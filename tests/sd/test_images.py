@@ -1,8 +1,10 @@
 """Files in every odd form become upright RGB, or one sentence."""
 
+import accelerate
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from p3s_cli.errors import InputError
@@ -157,3 +159,11 @@ def test_latents_are_scaled_like_the_pipeline_and_decode_to_the_same_picture(wor
     torch.testing.assert_close(latent, raw * world.vae.config.scaling_factor)
     psnr = -10 * torch.log10((decode(world.vae, latent)[0] - pixels).square().mean())
     assert psnr > 20
+
+
+def test_an_autoencoder_kept_off_the_device_is_given_pixels_where_its_hook_brings_it():
+    """As diffusers' offloading does; the meta device stands for a card, and takes no tensor of another device."""
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).eval()
+    accelerate.cpu_offload_with_hook(vae, "meta")
+    assert vae.device.type == "cpu"
+    assert encode(vae, torch.zeros(1, 3, 16, 16)).device.type == "meta"
