@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
 from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
-from p3s_cli.methods.denoising import Denoising, Part, noise_of, trainable, training_copy, tuned_copy
+from p3s_cli.methods.denoising import Denoising, Part, noise_of, partly_trained, trainable, tuned_copy
 from p3s_cli.methods.photos import crops
 from p3s_cli.methods.prior import prior
 from p3s_cli.methods.words import NewWord
@@ -85,9 +86,8 @@ class CustomDiffusion:
         """Train to_k and to_v of cross-attention in a copy of the U-Net, and the new word. Returns these, float32."""
         family, words, seed = lesson.family, lesson.subject.manifest, lesson.config.seed
         r = self.recipe(family.profile, lesson.config)
-        word, unet = NewWord(family, words, instead_of_class=False), training_copy(family.unet)
-        for name, parameter in unet.named_parameters():
-            parameter.requires_grad_("attn2.to_k" in name or "attn2.to_v" in name)
+        word = NewWord(family, words, instead_of_class=False)
+        unet = partly_trained(copy.deepcopy(family.unet), lambda n: "attn2.to_k" in n or "attn2.to_v" in n)
         own = _Own(family, lesson.subject, word, r.batch, seed)
         others = PROMPT.format(words.class_word)
         kept = prior(family, others, r.class_images, r.class_steps, seed, r.batch, r.prior_weight)

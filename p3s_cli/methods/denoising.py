@@ -117,6 +117,15 @@ def training_copy(model: M) -> M:
     return copy.deepcopy(model).float().requires_grad_(False)
 
 
+def partly_trained(model: M, trains: Callable[[str], bool]) -> M:
+    """In place: the parameters that `trains` names are float32 and require a gradient, all others are frozen as they are."""
+    for name, parameter in model.requires_grad_(False).named_parameters():
+        if trains(name):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    return model
+
+
 @torch.no_grad()
 def tuned_copy(model: M, tensors: Mapping[str, Tensor], prefix: str, strength: float) -> M:
     """A copy of a family's model with each trained parameter at base + strength (trained - base).

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
 from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
-from p3s_cli.methods.denoising import Bank, Denoising, noise_of, trainable, training_copy
+from p3s_cli.methods.denoising import Bank, Denoising, noise_of, partly_trained, trainable
 from p3s_cli.methods.photos import crops
 from p3s_cli.sd import images, text
 from p3s_cli.sd.family import Family, Profile
@@ -55,7 +55,7 @@ class Lora:
         family, seed = lesson.family, lesson.config.seed
         r = self.recipe(family.profile, lesson.config)
         torch.manual_seed(seed)
-        unet = adapted(training_copy(family.unet), r.rank)
+        unet = partly_trained(adapted(copy.deepcopy(family.unet), r.rank), lambda name: "lora_" in name)
         seen = images.encode(family.vae, crops(lesson.subject, family.profile.image_size))
         prompt = f"a photo of a {lesson.subject.manifest.name}"
         source = Bank(seen, text.encode(family.tokenizer, family.text_encoder, [prompt]), r.batch)

@@ -113,17 +113,21 @@ def choose(name: str, profile: Profile, device: str, dtype: torch.dtype) -> tupl
     return key, memory
 
 
-def within(name: str, memory: MemoryProfile, work: Callable[[str, MemoryProfile], R]) -> tuple[R, str | None]:
+def within(
+    name: str, memory: MemoryProfile, work: Callable[[str, MemoryProfile], R], heeded: bool = True
+) -> tuple[R, str | None]:
     """`work` under a profile and, where the device runs out of memory, once more under the next smaller one.
 
     Returns what it returned, and a sentence on what happened, or None. Raises P3SError if the second try
-    runs out of memory too, or there is no smaller profile.
+    runs out of memory too, there is no smaller profile, or the work is not `heeded`: the same under all of them.
     """
     try:
         return work(name, memory), None
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise
+        if not heeded:
+            raise P3SError("out of memory, and this method has no way with less; use another --device") from error
         less = next((key for key in MEMORY if MEMORY[key].gigabytes < memory.gigabytes), None)
         if less is None:
             raise P3SError(f"out of memory with profile {name}, which is the smallest; use another --device") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
 from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
-from p3s_cli.methods.denoising import Denoising, Part, noise_of, training_copy
+from p3s_cli.methods.denoising import Denoising, Part, noise_of
 from p3s_cli.methods.photos import crops
 from p3s_cli.methods.words import NewWord
 from p3s_cli.sd import images
@@ -61,7 +61,7 @@ class TextualInversion:
             template = torch.randint(len(prompts), (r.batch,), generator=generator)
             return Part(latents[chosen], word.encode([prompts[i] for i in template]))
 
-        loss = Denoising(family, training_copy(family.unet), [draw])
+        loss = Denoising(family, family.unet, [draw])  # through which gradients pass, and which they leave as it is
         recipe = Recipe(r.steps, r.lr, r.weight_decay, seed=lesson.config.seed)
         return lesson.train({"word": word.row}, loss, recipe)
 

@@ -105,7 +105,7 @@ def finetune(
         with exact(deterministic):
             return profile, teacher.fit(Lesson(family, subject, replace(config, memory=saving), on_step, checkpoint))
 
-    (profile, tensors), trouble = within(profile, saving, fit)
+    (profile, tensors), trouble = within(profile, saving, fit, heeded=hasattr(recipe, "memory"))
     halves = _halves(tensors)
     result = {"loss": numbers.get("denoising", 0.0), "skipped": int(numbers.get("skipped", 0)), "memory": profile}
     result["warnings"] = [trouble] if trouble else []

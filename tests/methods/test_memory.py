@@ -80,6 +80,18 @@ def test_a_second_time_or_with_the_smallest_it_is_one_sentence(words):
         within("8", MEMORY["8"], work)
 
 
+def test_what_heeds_no_profile_is_not_tried_again_under_another():
+    calls = []
+
+    def work(name: str, memory: MemoryProfile):
+        calls.append(name)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(P3SError, match="no way with less"):
+        within("24", MEMORY["24"], work, heeded=False)
+    assert calls == ["24"]
+
+
 def test_another_fault_is_not_taken_for_a_lack_of_memory():
     calls = []
 
