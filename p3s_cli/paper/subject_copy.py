@@ -48,10 +48,15 @@ def attention_layers(unet: UNet2DConditionModel, which: str) -> list[str]:
 
 
 def build_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The simplified U-Net, initialised from the frozen weights of the matching layers."""
-    layers = unet.config.layers_per_block
+    """The simplified U-Net, initialised from the frozen weights of the matching layers.
+
+    Under `torch.device("meta")` it has shapes alone, for whoever brings the weights.
+    """
+    layers, bare = unet.config.layers_per_block, torch.get_default_device().type == "meta"
     with torch.device("meta"):  # no random start, which takes seconds at SD v1-5's size
         copy = UNet2DConditionModel.from_config(unet.config, layers_per_block=1)
+    if bare:
+        return copy.requires_grad_(True)
     frozen = unet.state_dict()
     # a copy in fp32 whatever the base is in; `clone`, because training it must never move the base
     start = {name: frozen[frozen_name(name, layers)].detach().float().clone() for name in copy.state_dict()}

@@ -81,6 +81,14 @@ def test_weights_come_from_the_matching_layer(unet):
     )  # training the copy must not move the base
 
 
+def test_on_the_meta_device_a_copy_has_shapes_and_no_weights(unet):
+    """Of SD v1-5 they are 2.3 GB, to be replaced at once when a tuned subject is bound."""
+    with torch.device("meta"):
+        bare = build_copy(unet).state_dict()
+    assert {n: t.shape for n, t in bare.items()} == {n: t.shape for n, t in build_copy(unet).state_dict().items()}
+    assert all(t.is_meta for t in bare.values())
+
+
 def test_layers_are_listed_in_the_order_of_the_forward_pass(unet):
     names = attention_layers(unet, "attn2")
     assert names[0].startswith("down_blocks.0.attentions.0") and names[-1].startswith("up_blocks.1.attentions.2")
