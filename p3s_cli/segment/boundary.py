@@ -12,7 +12,7 @@ from p3s_cli.segment.prototypes import holding
 
 _ROUNDS = 3  # of GrabCut
 _CONTEXT = 3  # patches of background around the band that its colour model learns from
-_PATCH = 16.0  # pixels a patch that GrabCut works at, at least
+_PATCH = (16.0, 32.0)  # pixels a patch that GrabCut works at, at least and at most
 
 
 def refine(
@@ -32,18 +32,19 @@ def refine(
     (H, W) bool: components with a seed or a part surely inside, small holes closed.
 
     GrabCut weighs colours, which count by area, against edges, which count by length: on a small photo
-    the same leg or handle is worth less of its outline, and is cut off. So small ones are enlarged first.
+    the same leg or handle is worth less of its outline, and is cut off. So small ones are enlarged first. Large
+    ones are reduced: the time grows with the area, minutes for a phone's, and its outline is then within a pixel of these.
     """
-    scale = max(1.0, _PATCH / patch)
+    scale = min(max(patch, _PATCH[0]), _PATCH[1]) / patch
     if scale == 1:
         return _cut(image, coarse, other, agreed, seeds, patch, band)
     size = (round(coarse.shape[1] * scale), round(coarse.shape[0] * scale))  # columns first, as cv2 has it
     masks = (m.astype(np.float32) for m in (coarse, other, agreed))
-    large = [cv2.resize(m, size, interpolation=cv2.INTER_LINEAR) > 0.5 for m in masks]
+    scaled = [cv2.resize(m, size, interpolation=cv2.INTER_LINEAR) > 0.5 for m in masks]
     spots = [(int((row + 0.5) * scale), int((column + 0.5) * scale)) for row, column in seeds]
-    image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-    found = _cut(image, *large, spots, patch * scale, band).astype(np.float32)
-    return cv2.resize(found, coarse.shape[::-1], interpolation=cv2.INTER_AREA) > 0.5
+    there, back = (cv2.INTER_LINEAR, cv2.INTER_AREA)[:: 1 if scale > 1 else -1]  # whichever enlarges is linear
+    found = _cut(cv2.resize(image, size, interpolation=there), *scaled, spots, patch * scale, band).astype(np.float32)
+    return cv2.resize(found, coarse.shape[::-1], interpolation=back) > 0.5
 
 
 def _cut(image, coarse, other, agreed, seeds, patch: float, band: float) -> np.ndarray:
