@@ -60,8 +60,11 @@ def _pair(image: str, model: str) -> tuple[Metric, ...]:
 # DINO ViT-S/16 CLS and CLIP ViT-B/32, mean over all (generated, real) pairs: what most tables quote.
 _DREAMBOOTH = Protocol(
     "dreambooth",
-    # the branch with safetensors: what is on `main` is a pickle
-    {"dino": ("facebook/dino-vits16@refs/pr/1", _IMAGENET), "clip": ("openai/clip-vit-base-patch32", _CLIP)},
+    # the branches with safetensors: what is on `main` is a pickle
+    {
+        "dino": ("facebook/dino-vits16@refs/pr/1", _IMAGENET),
+        "clip": ("openai/clip-vit-base-patch32@refs/pr/15", _CLIP),
+    },
     _pair("DINO", "dino"),
 )
 # P3S-Diffusion, Sec. IV. Its backbones are not stated: DINOv2 base and CLIP ViT-L/14 are our reading.
