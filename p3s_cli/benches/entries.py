@@ -65,6 +65,11 @@ class Entry:
         shown = f"-{self.references.name}" if self.references.name else ""
         return f"{self.method}-{digest(control, self.steps, self.budget)[:8]}{shown}"
 
+    @property
+    def drawing(self) -> str:
+        """What its images are made from, in a word: the tuning and how it is sampled."""
+        return f"{self.tuning}-{digest(dict(self.sampling))[:8]}" if self.sampling else self.tuning
+
 
 def _control(name: str, **changes: Any) -> Entry:
     return Entry(name, control=replace(ControlConfig(), **changes))

@@ -120,10 +120,12 @@ def evaluate_subject(
     Raises InputError for a directory without whole masks, and for unknown names.
     """
     root = Path(directory)
-    family = family or load(model or Subject.open(root).manifest.model, device, dtype)
+    manifest = Subject.open(root).manifest
+    tuned = manifest.finetune.settings if manifest.finetune else {}
+    base = model or tuned.get("base") or manifest.model
+    family = family or load(base, device, dtype, tuned.get("vision"))
     entries = rivals(names or ("p3s",), methods.NAMES, ("published",))
     judge = Judge(protocols.protocol(protocol_name or family.profile.protocol), family.folder, family.device)
-    Subject.open(root)
     with writing(root, "p3s eval"):
         case = subject_case(root, family.vision, prompts or family.profile.prompts)
         run = Run(root / "eval", family, judge, Plan(n or Plan.images, seed, _pace(fast)), on_progress or silent)
@@ -160,7 +162,7 @@ def evaluate_world(
         entries = rivals(names or ("p3s",), methods.NAMES, budgets)
     entries += [e.at_strength(s) for e in entries if e.method != "untuned" for s in strengths]
     plan = _QUICK if quick else Plan()
-    plan = replace(plan, images=n or plan.images, sampling=(plan.sampling or {}) | _pace(fast))
+    plan = replace(plan, images=n or plan.images, seed=seed, sampling=(plan.sampling or {}) | _pace(fast))
     numbers = shards.pick(range(_QUICK_CASES if quick else _WORLD_CASES), shard)
     with writing(shards.desk(root, shard), "p3s eval"):
         run = Run(root, family, judge, plan, on_progress or silent, shard)

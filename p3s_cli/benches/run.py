@@ -55,7 +55,7 @@ class Outcome:
 
 def gather(rows: Iterable[Row], entries: Sequence[Entry], ledger: Ledger, protocol: Protocol) -> Outcome:
     """What these rows say of these entries, with the times beside it."""
-    seconds = {e.name: (ledger.mean(f"tune/{e.tuning}"), ledger.mean(f"image/{e.tuning}")) for e in entries}
+    seconds = {e.name: (ledger.mean(f"tune/{e.tuning}"), ledger.mean(f"image/{e.drawing}")) for e in entries}
     steps = {e.name: ledger.mean(f"steps/{e.tuning}") for e in entries if e.budget == "equal" and e.name == e.label}
     equal = {name: int(n) for name, n in steps.items() if n is not None}
     return Outcome(table(rows, protocol), seconds, budget_of(ledger) if equal else None, equal)
@@ -126,7 +126,8 @@ class Run:
                 **(self.plan.sampling or {}) | dict(entry.sampling),
             )
             if drawn := len(set(made.images) - before):  # after a kill, fewer than were asked for
-                self._ledger.add(f"image/{entry.tuning}", prompt.text, (time.monotonic() - started) / drawn)
+                seconds = (time.monotonic() - started) / drawn
+                self._ledger.add(f"image/{entry.drawing}", f"{case.name}: {prompt.text}", seconds)
             results += [
                 Result(path, sha256(path), prompt.plain, seed, prompt.labels)
                 for path, seed in zip(made.images, made.seeds, strict=True)
@@ -136,13 +137,19 @@ class Run:
     def _tuned(self, entry: Entry, case: Case) -> Path:
         directory, source = self.work / entry.tuning / case.name, case.shown(entry.references)
         _copy_masked(source, directory)
-        if entry.plain and _copy_control(source, directory, entry.method, self.family.fingerprint()):
+        if entry.plain and _copy_control(source, directory, entry.method, self.family):
             return directory
         steps = entry.steps or self._equal_steps(entry, case, directory)
         _ = self.family.unet, self.family.vae, self.family.text_encoder, self.family.vision  # loading is no tuning
         watch = _Watch()
         made = stages.finetune(
-            directory, steps=steps, method=entry.method, control=entry.control, family=self.family, on_progress=watch
+            directory,
+            steps=steps,
+            method=entry.method,
+            control=entry.control,
+            seed=self.plan.seed,
+            family=self.family,
+            on_progress=watch,
         )
         if not made.unchanged and (seconds := watch.seconds()):
             self._ledger.add(f"tune/{entry.tuning}", case.name, seconds)
@@ -176,16 +183,17 @@ def _copy_masked(source: Path, target: Path) -> None:
         pass
 
 
-def _copy_control(source: Path, target: Path, method: str, base_fingerprint: str) -> bool:
-    """What the subject's owner tuned by this method on this base, if anything, is what is judged.
+def _copy_control(source: Path, target: Path, method: str, family: Family) -> bool:
+    """What the subject's owner tuned by this method on this family, if anything, is what is judged.
 
     Raises InputError if it is damaged, or older than the masks.
     """
     owned, subject = Subject.open(source), Subject.open(target)
     stage = owned.manifest.finetune
-    if stage is None or (owned.method, stage.settings.get("base_fingerprint")) != (method, base_fingerprint):
+    here = {"base_fingerprint": family.fingerprint(), "vision": family.profile.clip}
+    if stage is None or owned.method != method or not here.items() <= stage.settings.items():
         return False
-    owned.check_control(base_fingerprint)
+    owned.check_control(here["base_fingerprint"])
     if subject.manifest.finetune != stage or not subject.intact(stage, CONTROL):
         subject.manifest.finetune = stage
         with subject.changing() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,14 @@ class Truth:
     masked: tuple[Image.Image, ...] = ()
     other_text: str | None = None
     finder: Finder | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all pictures: scores against other ones are other scores."""
+        made = hashlib.sha256()
+        for picture in (*self.real, None, *self.other, None, *self.masked):
+            made.update(f"{picture.size}".encode() + picture.tobytes() if picture else b"|")
+        return made.hexdigest()[:12]
 
 
 class Finder(Protocol):
@@ -92,7 +101,10 @@ class Judge:
 
     def judge(self, method: str, truth: Truth, results: Sequence[Result], known: Callable) -> Iterator[Row]:
         """Rows that are not yet `known` (by key) for these results."""
+        asked = any(result.labels for result in results)
         for metric in self.metrics(truth):
+            if metric.against == "labels" and not asked:
+                continue  # nothing that a share could be of
             reference = self._reference(metric, truth)
             rows = [self._row(method, truth, result, metric, reference) for result in results]
             missing = [i for i, row in enumerate(rows) if not known(row.key)]
@@ -129,8 +141,8 @@ class Judge:
         if metric.against == "labels":
             return "the labels the prompt asks for"
         if metric.against in ("x", "y"):
-            return "the picture's width" if metric.against == "x" else "the picture's height"
-        count = f"{len(self._real(truth, metric.masked))} pictures of {truth.subject}"
+            return f"the picture's {'width' if metric.against == 'x' else 'height'} ({truth.digest})"
+        count = f"{len(self._real(truth, metric.masked))} pictures of {truth.subject} ({truth.digest})"
         return count if metric.against == "real" else f"{count} against {len(truth.other)} of its look-alike"
 
     def _real(self, truth: Truth, masked: bool) -> tuple[Image.Image, ...]:

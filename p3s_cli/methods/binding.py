@@ -86,7 +86,7 @@ class Bound:
         weights = torch.full((len(x_t),), weight * self.strength, device=x_t.device)
         if self.learned is not None:
             weights = weights * self.learned(t)
-        begins = float(t[0]) > self._last  # time runs downwards, so this is another trajectory
+        begins = float(t[0]) >= self._last  # time runs downwards, so this is another trajectory
         if begins or self._age % self.reuse == 0 or len(self._kept[0].weight) != len(x_t):
             self._kept, self._age = [self._inject(x_t, t, states, weights, seen) for seen in self.seen], 0
         self._age, self._last = self._age + 1, float(t[0])

@@ -46,12 +46,18 @@ class Composition:
         )
 
     def check(self, subjects: Sequence[Subject]) -> None:
-        """Raises InputError if something joins a subject that another method than P3S was taught."""
+        """Raises InputError if something joins a subject that another method than P3S was taught, or another CLIP pair."""
         other = next((s for s in subjects if s.method != "p3s"), None)
         if other is not None and (self.also or self.control or self.lora):
             raise InputError(
                 f"{other.root} is tuned by {other.method}, which nothing can join; leave out --also, --control "
                 "and --lora, or tune it with p3s"
+            )
+        towers = {s.tuned().settings.get("vision"): s for s in reversed(subjects)}
+        if len(towers) > 1:
+            (first, one), (second, other) = list(towers.items())[:2]
+            raise InputError(
+                f"{one.root} sees its references through {first}, {other.root} through {second}; tune one of them again with the other's --vision"
             )
 
     def record(self) -> dict[str, Any]:

@@ -54,8 +54,8 @@ def evaluate(subject: Path, **options):
 def test_a_subject_gets_rows_for_every_image_and_metric_that_can_be_had(subject):
     result = evaluate(subject)
     rows = [json.loads(line) for line in result.scores.read_text().splitlines()]
-    metrics = {"selectivity", "identity", "prompt", "CLIP-I", "CLIP-T", "identity-M", "x", "y"}
-    assert {r["metric"] for r in rows} == metrics  # no words for the look-alike, so no CLIP-ES
+    metrics = {"selectivity", "identity", "CLIP-I", "CLIP-T", "identity-M", "x", "y"}
+    assert {r["metric"] for r in rows} == metrics  # no words for the look-alike, so no CLIP-ES; no labels, no `prompt`
     assert len(rows) == len(metrics) * 2 * 2 and {r["protocol"] for r in rows} == {"world"}
     assert all(Path(r["file"]).is_file() and "[V]" not in r["prompt"] for r in rows)
     for metric in metrics:
@@ -90,7 +90,7 @@ def test_interrupted_in_the_middle_it_comes_to_the_same_numbers(subject, tmp_pat
     other = tmp_path / "fresh" / subject.name
     running._copy_masked(subject, other)
     whole = evaluate(other, model=Subject.open(subject).manifest.model).methods["p3s"]
-    for column in ("selectivity", "identity", "prompt", "CLIP-I", "CLIP-T"):
+    for column in ("selectivity", "identity", "CLIP-I", "CLIP-T"):
         assert resumed[column] == whole[column]
 
 
@@ -107,6 +107,31 @@ def test_what_the_owner_tuned_is_judged_as_it_is(subject, monkeypatch):
     with Subject(subject, manifest, found=True).changing():
         pass
     with pytest.raises(InputError, match="has changed since it was tuned"):
+        evaluate(subject)
+
+
+def test_another_truth_gives_other_scores_of_the_same_pictures(subject, family):
+    """Where the look-alike is meant, the base's own pictures are nearer to what they were farther from, and back."""
+    before = evaluate(subject, names=["untuned"]).methods["untuned"]
+    photo = subject / "references/00/photo.png"
+    stages.mask(photo, ["46,32"], ["18,32"], subject, "thing", model=str(family), device="cpu")
+    after = evaluate(subject, names=["untuned"]).methods["untuned"]
+    assert after["selectivity"] == pytest.approx(1 - before["selectivity"]) and after["identity"] != before["identity"]
+
+
+def test_it_is_judged_through_what_it_was_tuned_through(subject, monkeypatch):
+    finetune(subject, steps=1, device="cpu")
+    manifest = Subject.open(subject).manifest
+    manifest.finetune.settings["base"] = str(subject.parent / "base2")
+    manifest.finetune.settings["vision"] = "clip2"
+    with Subject(subject, manifest, found=True).changing():
+        pass
+
+    def asked(*arguments):
+        raise InputError(repr(arguments))
+
+    monkeypatch.setitem(benches.evaluate_subject.__globals__, "load", asked)
+    with pytest.raises(InputError, match="base2', 'cpu', 'auto', 'clip2'"):
         evaluate(subject)
 
 
