@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -58,7 +57,6 @@ class P3S:
                 ("word", config.control.word_lr_scale),
             ),
             optimizer=config.memory.optimizer,
-            draws=math.ceil(config.steps / config.control.rounds),
         )
         torch.manual_seed(config.seed)
         control = P3SControl(family.unet, family.vision.width, config.control)
@@ -139,9 +137,8 @@ class _Loss:
         self.text = text.encode(family.tokenizer, family.text_encoder, [*prompts, ""])
         words = subject.manifest.identifier, subject.manifest.class_word
         self.where = text.positions(family.tokenizer, [*prompts, ""], *words).to(family.device)
-        self.untouched: dict[int, Tensor] = {}  # by draw: what the frozen U-Net itself predicts
 
-    def __call__(self, draw: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         config, n = self.config, self.batch
         x0, inside, seen = self.bank.draw(n, config, generator)
         x_t, t, noise = diffuse(x0, self.noise_schedule, generator, config.timesteps)
@@ -162,19 +159,13 @@ class _Loss:
             predicted = self.forward.frozen(self.unet, x_t, t, states, injection)
         denoising = denoising_loss(predicted, noise, config.background_weight + (1 - config.background_weight) * inside)
         if config.preserve:
-            untouched = self._untouched(draw, x_t, t, self.text[chosen])
+            with torch.no_grad():
+                untouched = self.forward.frozen(self.unet, x_t, t, self.text[chosen])
             denoising = denoising + config.preserve * denoising_loss(predicted, untouched, 1 - inside)
         value, consistency = total_loss(
             denoising, copy_maps, injection.maps, config.gamma, config.attention_loss, config.attention_gradient
         )
         return value, {"denoising": denoising.item(), "consistency": consistency.item()}
-
-    @torch.no_grad()
-    def _untouched(self, draw: int, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        """What the frozen U-Net itself predicts of a draw, computed when it is first met."""
-        if draw not in self.untouched:
-            self.untouched[draw] = self.forward.frozen(self.unet, x_t, t, states)
-        return self.untouched[draw]
 
 
 register(P3S())

@@ -1,6 +1,6 @@
 """The one training loop: the world's models and every method's control are trained by it.
 
-Everything random in a step comes from a generator seeded by (seed, draw), so a run that resumes
+Everything random in a step comes from a generator seeded by (seed, step), so a run that resumes
 from a checkpoint is the run that was never interrupted.
 """
 
@@ -22,8 +22,7 @@ from p3s_cli.errors import P3SError
 from p3s_cli.sd import checkpoints
 from p3s_cli.sd.adamw8 import AdamW8
 
-# A loss takes the number of the draw (the step's own, unless draws come again) and its generator, and returns the
-# scalar to minimise and numbers worth logging.
+# A loss takes the step and its generator and returns the scalar to minimise and numbers worth logging.
 Loss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
 OnStep = Callable[[int, int, dict[str, float]], None]
 
@@ -32,9 +31,8 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 class Recipe:
     """How long and how fast to train.
 
-    `lr_scale` multiplies the rate of parameters whose name starts with a key. After `draws` steps what was drawn
-    comes again, in the same order; None: never. `half`: some of the forward pass is in float16, whose small
-    gradients would be lost; the loss is scaled for them (`torch.amp.GradScaler`).
+    `lr_scale` multiplies the rate of parameters whose name starts with a key. `half`: some of the forward pass is in
+    float16, whose small gradients would be lost; the loss is scaled for them (`torch.amp.GradScaler`).
     """
 
     steps: int
@@ -48,7 +46,6 @@ class Recipe:
     seed: int = 0
     lr_scale: tuple[tuple[str, float], ...] = ()
     optimizer: Optimizer = "adamw"
-    draws: int | None = None
     half: bool = False
 
 
@@ -108,8 +105,7 @@ def train(
     saved, end = time.monotonic(), min(recipe.steps, until if until is not None else recipe.steps)
     with signals.deferred() as asked_to_stop:
         while run.step < end and not asked_to_stop():
-            draw = run.step % (recipe.draws or recipe.steps)
-            value, log = loss(draw, step_generator(recipe.seed, draw))
+            value, log = loss(run.step, step_generator(recipe.seed, run.step))
             run.apply(value, log)
             if run.in_a_row == _SKIPPED_IN_A_ROW:
                 raise P3SError(

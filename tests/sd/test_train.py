@@ -81,18 +81,6 @@ def test_named_parameters_may_learn_faster():
     assert parameters["b"].item() == pytest.approx(-1e-3, rel=1e-3)
 
 
-def test_with_draws_the_same_ones_come_again_in_the_same_order():
-    w, seen = torch.nn.Parameter(torch.zeros(1)), []
-
-    def loss(draw, generator):
-        seen.append((draw, float(torch.rand(1, generator=generator))))
-        return w.sum(), {}
-
-    train({"w": w}, loss, Recipe(steps=7, lr=0.1, draws=3))
-    assert [draw for draw, _ in seen] == [0, 1, 2, 0, 1, 2, 0]
-    assert seen[3:6] == seen[:3] and seen[6] == seen[0] and len({number for _, number in seen}) == 3
-
-
 def test_scaling_for_half_precision_changes_no_bit_where_nothing_would_be_lost(tmp_path):
     """The scale is a power of two, which floats multiply and divide by exactly; a checkpoint keeps it."""
     recipe = Recipe(steps=30, lr=0.05)
