@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from p3s_cli.atomic import committing, read_text, replacing, sha256
+from p3s_cli.config import PAPER_CONTROL, as_settings
 from p3s_cli.errors import InputError, P3SError, first_reason
 
 SCHEMA = 1
@@ -195,8 +196,15 @@ class Subject:
 
     @property
     def _finetune_command(self) -> str:
-        other = "" if self.method == "p3s" else f" --method {shlex.quote(self.method)}"
-        return f"p3s finetune {shlex.quote(str(self.root))}{other}"
+        stage, options = self.manifest.finetune, []
+        if self.method != "p3s":
+            options = ["--method", shlex.quote(self.method)]
+        config = stage.settings.get("config") if stage else None
+        if isinstance(config, dict) and config.get("control") == as_settings(PAPER_CONTROL):
+            options += ["--preset", "paper"]
+        if stage and stage.seed:
+            options += ["--seed", str(stage.seed)]
+        return " ".join(["p3s", "finetune", shlex.quote(str(self.root)), *options])
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -260,7 +268,10 @@ def mask_command(photo: Path, reference: Reference, root: Path) -> str:
         for x, y in group
     ]
     box = [f"--box {','.join(f'{v:g}' for v in reference.box)}"] if reference.box else []
-    return f"p3s mask {shlex.quote(str(photo))} {' '.join([*points, *box])} -o {shlex.quote(str(root))}"
+    made = reference.mask.settings if reference.mask else {}
+    usual = {"preset": "default", "vision": "clip"}
+    options = [f"--{o} {shlex.quote(str(made[o]))}" for o in usual if o in made and made[o] != usual[o]]
+    return f"p3s mask {shlex.quote(str(photo))} {' '.join([*points, *box, *options])} -o {shlex.quote(str(root))}"
 
 
 def digest(*parts: Any) -> str:

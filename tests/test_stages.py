@@ -16,7 +16,7 @@ from p3s_cli.sd.weights import load_tensors
 from p3s_cli.segment.select import _warnings
 from p3s_cli.stages.clicks import parse_point, resolve_points
 from p3s_cli.stages.reference import Clicks, _check_apart, _degenerate, guess_class
-from p3s_cli.subject import Subject
+from p3s_cli.subject import Subject, mask_command
 
 
 @pytest.fixture
@@ -178,7 +178,16 @@ def test_paper_preset_runs_the_literal_equations(masked, photo, pair, world):
     _, metadata = load_tensors(masked.subject / "control/control.safetensors")
     control = metadata["config"]["control"]
     assert control["injection"] == "literal" and control["attention_loss"] == "printed" and control["augment"] == "none"
-    assert generate(masked.subject, world).images[0].is_file()
+    drawn = generate(masked.subject, world).images[0]
+    sampling = images.read_metadata(drawn)["sampling"]  # as printed, too: the copy at every step, no third pass
+    assert (sampling["reuse"], sampling["subject_guidance"], sampling["schedule"]["kind"]) == (1, 1.0, "quadratic")
+    asked = images.read_metadata(generate(masked.subject, world, reuse=2, subject_guidance=1.5, seed=1).images[0])
+    assert (asked["sampling"]["reuse"], asked["sampling"]["subject_guidance"]) == (2, 1.5)
+    moved = f"{left[0] + 1},{left[1]}"  # which makes the control stale: the sentence says how it was made
+    stages.mask(photo, [moved], [right], masked.subject, preset="paper", family=world)
+    with pytest.raises(InputError, match=r"run: p3s finetune \S+ --preset paper$"):
+        generate(masked.subject, world)
+    assert "--preset paper -o" in mask_command(photo, Subject.open(masked.subject).manifest.references[0], photo)
 
 
 def test_a_subject_can_have_several_references(masked, pair, world, tmp_path):

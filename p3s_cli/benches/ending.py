@@ -36,7 +36,9 @@ class EvalResult:
 
 
 def finish(run: Run, entries: Sequence[Entry], outcome: Outcome, title: str, cases: Sequence[Case] = ()) -> EvalResult:
-    """The table, the page and the numbers."""
+    """The table, the page and the numbers; a whole run's file then has the rows of its shards as well."""
+    if run.whole:
+        run.rows.gather()
     how, notes = run.judge.protocol, [*_given(entries), *_budgets(outcome)]
     page, drawn = run.desk / "report.html", run.desk / PLOT
     asked = {case.name: case.subject / "references/00/overlay.png" for case in cases}

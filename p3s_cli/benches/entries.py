@@ -76,6 +76,7 @@ def _control(name: str, **changes: Any) -> Entry:
 
 
 _PRINTED = MaskConfig(recipe="paper")
+_PRINTED_MASKS = References("eq2-raw", masking=_PRINTED)
 _UNPAINTED = References("unpainted", inpaint=False)
 _THREE = References("three", photos=3)
 
@@ -102,7 +103,7 @@ _ABLATIONS: tuple[Entry, ...] = (
     Entry("weight increasing", sampling={"schedule": "increasing"}),
     Entry("weight decreasing", sampling={"schedule": "decreasing"}),
     replace(_control("weight learned", learned_weight=True), sampling={"schedule": "learned"}),
-    Entry("paper preset", control=PRESETS["paper"][1]),
+    Entry("paper preset", control=PRESETS["paper"][1], references=_PRINTED_MASKS),
     _control("literal injection", injection="literal"),
     _control("L_ac as printed", attention_loss="printed"),
     _control("L_ac relative", attention_loss="relative"),
@@ -126,7 +127,7 @@ _ABLATIONS: tuple[Entry, ...] = (
     Entry("three references", references=_THREE),
     Entry("three references, all shown", references=_THREE, sampling={"references": 3}),
     Entry("true masks", references=References("true", true_masks=True)),
-    Entry("masks by eq. 2, raw", references=References("eq2-raw", masking=_PRINTED)),
+    Entry("masks by eq. 2, raw", references=_PRINTED_MASKS),
     Entry(
         "masks by eq. 2, rescaled",
         references=References("eq2-rescaled", masking=replace(_PRINTED, similarity="rescaled")),

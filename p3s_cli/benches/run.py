@@ -79,7 +79,7 @@ class Run:
         shard: str | None = None,
     ):
         self.work, self.family, self.judge, self.plan, self.report = work, family, judge, plan, report
-        self.desk = shards.desk(work, shard)
+        self.desk, self.whole = shards.desk(work, shard), shard is None
         others = [desk for desk in shards.desks(work) if desk != self.desk]
         self.rows = Rows(self.desk / "scores.jsonl", [desk / "scores.jsonl" for desk in others])
         self._ledger = Ledger(self.desk / "measured.json", [desk / "measured.json" for desk in others])

@@ -68,6 +68,7 @@ class Rows:
         if text and not text.endswith("\n"):
             with replacing(path) as temporary:
                 temporary.write_text(_lines(self._rows.values()), encoding="utf-8")
+        self._own = set(self._rows)
         for other in others:
             self._rows |= _read(_text(other))
 
@@ -82,6 +83,12 @@ class Rows:
         fresh = {row.key: row for row in rows if row.key not in self._rows}
         append(self.path, _lines(fresh.values()))
         self._rows |= fresh
+        self._own |= fresh.keys()
+
+    def gather(self) -> None:
+        """Write what other files hold into this one as well. Raises P3SError as `add`."""
+        append(self.path, _lines(row for key, row in self._rows.items() if key not in self._own))
+        self._own = set(self._rows)
 
 
 def _text(path: Path) -> str:

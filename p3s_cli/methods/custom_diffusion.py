@@ -29,13 +29,14 @@ _VIEWS = 24  # rescaled views encoded once for each reference
 
 @dataclass(frozen=True)
 class CustomDiffusionRecipe:
-    """As diffusers' `examples/custom_diffusion` for one object: 1e-5 scaled by a batch of 2, images mirrored and rescaled.
+    """As diffusers' `examples/custom_diffusion` for one object: 1e-5 scaled by a batch of 2 and by 2 for prior preservation.
 
-    The class's images are drawn by the base, not retrieved from a collection of photos.
+    Images are mirrored and rescaled. The class's are drawn by the base, not retrieved from a collection of photos, and the
+    new word begins as its class word, not as a rare one.
     """
 
     steps: int = 250
-    lr: float = 2e-5
+    lr: float = 4e-5
     batch: int = 2
     weight_decay: float = 0.01
     class_images: int = 200

@@ -46,6 +46,7 @@ class Family:
     def __init__(self, source: str, profile: Profile, device: str, dtype: torch.dtype):
         self.source, self.profile, self.device, self.dtype = source, profile, device, dtype
         self.inpainter_chosen = False  # by name, so that its absence is an error
+        self.inpainter_absent: str | None = None  # the command that brings it, once the base has taken its place
         self.fetch = f"p3s fetch {source}"  # the command that brings what is missing
 
     @cached_property
@@ -122,14 +123,15 @@ class Family:
             return None
         if sibling in (None, "."):
             return self.unet
+        fetch = f"p3s fetch {self.source} --inpainter {sibling}"
         try:
             if Path(sibling).suffix == ".safetensors":
                 return self._frozen(single_file.load_part(Path(sibling), "unet"))
-            fetch = f"p3s fetch {self.source} --inpainter {sibling}"
             return self._frozen(hub.load(UNet2DConditionModel, self.profile.part("inpainter"), fetch))
         except InputError:
             if self.inpainter_chosen:
                 raise
+            self.inpainter_absent = fetch
             return self.unet
 
     @contextlib.contextmanager

@@ -14,14 +14,20 @@ from p3s_cli.errors import InputError
 PLACEHOLDER = "[V]"
 _LONGEST = 2_000  # characters
 _NUMBERED = re.compile(r"\[V(\d+)\]")
+_GLUED = re.compile(r"\w\[V\d*\]|\[V\d*\]\w")
 
 
 def identify(prompt: str, identifier: str, *others: str) -> str:
     """Put the subjects' identifiers where the prompt says [V], or [V1], [V2], ... where there are several.
 
-    Raises InputError for a subject the prompt says nowhere, and for a place that has no subject.
+    Raises InputError for a subject the prompt says nowhere, for a place that has no subject, and for one that is no word of
+    its own: the text encoder would read another word.
     """
     check_text("prompt", prompt)
+    if glued := _GLUED.search(prompt):
+        raise InputError(
+            f'the prompt "{prompt}" has no space around [V] in "{glued[0]}"; write it as a word of its own'
+        )
     identifiers = (identifier, *others)
     if not others:
         prompt = prompt.replace(PLACEHOLDER, "[V1]")

@@ -80,7 +80,8 @@ def generate(
     `control`, `lora` and `references` are P3S's alone. At `reuse` steps in a row the copy's features are the same,
     and so is what guidance subtracts; 1 makes everything at every step. `compiled` (P3S's) costs minutes once a
     process and is for GPUs. Steps, scheduler and `reuse` default to
-    `config.PACES`, with `fast` to the quicker one. `metadata` puts the settings into each PNG. Raises
+    `config.PACES`, with `fast` to the quicker one; a subject tuned by the preset `paper` has the copy run at every step
+    and s_i = 1, where nothing else is asked for. `metadata` puts the settings into each PNG. Raises
     InputError before the subject is tuned, after it has changed, for a prompt without [V], and for unknown names.
     """
     report = on_progress or silent
@@ -94,11 +95,12 @@ def generate(
     asked = dict(guidance=guidance, subject_guidance=subject_guidance, strength=strength, references=references)
     asked |= dict(negative_prompt=negative_prompt, size=parse_size(size), compiled=compiled)
     paced = dict(steps=steps, scheduler=scheduler, reuse=reuse)
-    sampling = _sampling(settings.PACES[fast], paced, schedule, asked)
     for one in subjects:
         one.check_masks()
         one.tuned()
-    tuned = subject.tuned()
+    tuned, pace = subject.tuned(), settings.PACES[fast]
+    pace = replace(pace, reuse=1) if _as_printed(subject) and not fast else pace
+    sampling = _sampling(pace, paced, schedule, asked)
     methods.get(subject.method)
     joined.check(subjects)
     _check_options(subject.method, sampling)
@@ -158,9 +160,15 @@ def _check_options(method: str, sampling: settings.GenerateConfig) -> None:
         raise InputError(f"{method} has no use for {' and '.join(given)}, which only p3s heeds; leave that out")
 
 
+def _as_printed(subject: Subject) -> bool:
+    """Whether it was tuned by the preset `paper`, and is drawn so: the copy at every step, two passes of guidance."""
+    config = subject.tuned().settings.get("config")
+    return isinstance(config, dict) and config.get("control") == settings.as_settings(settings.PAPER_CONTROL)
+
+
 def _settled(sampling: settings.GenerateConfig, family: Family, subject: Subject) -> settings.GenerateConfig:
     """With the family's strengths where none were asked for; its subject's is P3S's, whose copy it is for."""
-    own = family.profile.subject_guidance if subject.method == "p3s" else 1.0
+    own = family.profile.subject_guidance if subject.method == "p3s" and not _as_printed(subject) else 1.0
     asked = sampling.guidance, sampling.subject_guidance
     chosen = (d if a is None else a for a, d in zip(asked, (family.profile.guidance, own), strict=True))
     return replace(sampling, **dict(zip(("guidance", "subject_guidance"), chosen, strict=True)))

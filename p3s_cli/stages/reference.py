@@ -120,6 +120,9 @@ def make(
     region = fill_region(selection.subject, negative, config.dilate * patch)
     filler = inpainting_filler(family) if region.any() else None
     inpainted = remove_negative(pixels, region, positive, embed, filler, seed, config.attempts)
+    if filler and family.inpainter_absent:
+        said = f"the base itself filled in for the look-alike, as its inpainting model is not on this machine; bring that with: {family.inpainter_absent}, and give the command again with --force"
+        selection = replace(selection, warnings=(*selection.warnings, said))
     square = look(inpainted.image, base_view(selection.subject), family.profile.image_size)
     return Masked(selection, inpainted, images.encode(family.vae, square[None])[0])
 

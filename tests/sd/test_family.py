@@ -247,8 +247,10 @@ def test_without_its_sibling_a_base_inpaints_with_its_own_four_channels(world, t
     from dataclasses import replace
 
     family = load("world")
+    assert family.inpainter_absent is None
     family.profile = replace(family.profile, inpainter="not/here")
     assert family.inpaint_unet is family.unet
+    assert family.inpainter_absent == "p3s fetch world --inpainter not/here"
     with pytest.raises(InputError, match="not/here/unet is not on this machine"):
         _ = load("world", inpainter="not/here").inpaint_unet
 

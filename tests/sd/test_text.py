@@ -39,6 +39,14 @@ def test_a_prompt_without_the_subject_is_refused(prompt):
         text.identify(prompt, "sks")
 
 
+@pytest.mark.parametrize("prompt", ["a [V]dog", "two [V]s", "a super[V] dog", "a [V1]dog"])
+def test_a_subject_glued_to_another_word_is_refused(prompt):
+    """`sksdog` is another word, at which nothing was learnt; punctuation is none."""
+    with pytest.raises(InputError, match="word of its own"):
+        text.identify(prompt, "sks")
+    assert text.identify("the [V]'s hat, a ([V]) dog: [V]!", "sks") == "the sks's hat, a (sks) dog: sks!"
+
+
 def test_text_that_is_no_unicode_is_refused():
     with pytest.raises(InputError, match="not valid Unicode"):
         text.identify("a [V] \ud800", "sks")
