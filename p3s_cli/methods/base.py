@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -64,14 +62,8 @@ class Learnt:
     @classmethod
     def read(cls, subject: Subject) -> Learnt:
         """Raises InputError if the subject is not tuned, or its artifact is not the one that tuning wrote."""
-        tensors, metadata = _read(subject.path(CONTROL).resolve(), subject.tuned().artifacts[CONTROL])
+        tensors, metadata = load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
         return cls(subject, tensors, metadata["config"])
-
-
-@functools.lru_cache(maxsize=1)
-def _read(path: Path, sha: str) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-    """The latest is at hand for the next prompt: at SD v1-5's size reading and checking one takes seconds."""
-    return load_tensors(path, sha=sha)
 
 
 class Method(Protocol):
