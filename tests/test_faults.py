@@ -3,6 +3,7 @@
 `benchmarks/faults.py` does the killing on a larger scale; here it is done a few times.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from test_atomic import file_size_limit, small_disk  # noqa: F401
 from p3s_cli import cli, signals, stages
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.sd import images
+from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.vision import VisionTower
 from p3s_cli.subject import Subject
 
@@ -101,7 +103,7 @@ def test_two_runs_with_the_same_seed_are_the_same_bytes(photo, tiny_family, tmp_
 
 def test_a_quota_in_mid_run_costs_nothing(subject, tiny_family, tmp_path, monkeypatch):
     """Photo and masks fit into the limit, the state of the training, kept after every step, does not."""
-    monkeypatch.setattr("p3s_cli.sd.train.Checkpoint.every", 0.0)
+    monkeypatch.setattr("p3s_cli.stages.tuning.Checkpoint", functools.partial(Checkpoint, every=0.0))
     shutil.copytree(subject, tmp_path / "other")
     stages.finetune(subject, steps=2, family=tiny_family)
     before = contents(tmp_path / "other")

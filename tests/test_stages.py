@@ -1,5 +1,6 @@
 """The main path on the bundled family, with as few steps as show what is claimed."""
 
+import functools
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from p3s_cli.config import PACES
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.paper.points import Selection
 from p3s_cli.sd import images
+from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.segment.select import _warnings
 from p3s_cli.stages.clicks import parse_point, resolve_points
@@ -159,13 +161,15 @@ def test_training_moves_every_part_that_should_and_resumes_to_the_same_control(m
     whole, _ = load_tensors(masked.subject / "control/control.safetensors")
 
     def killed(what, done, total):
-        if done == 2:
+        if what.startswith("tuning") and done == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("p3s_cli.sd.train.Checkpoint.every", 0.0)
+    monkeypatch.setattr("p3s_cli.stages.tuning.Checkpoint", functools.partial(Checkpoint, every=0.0))
     with pytest.raises(KeyboardInterrupt):
         stages.finetune(masked.subject, steps=3, family=world, force=True, on_progress=killed)
-    stages.finetune(masked.subject, steps=3, family=world, force=True)
+    heard = []
+    stages.finetune(masked.subject, steps=3, family=world, force=True, on_progress=lambda *a: heard.append(a))
+    assert [done for what, done, _ in heard if what.startswith("tuning")] == [2, 3]  # two steps were kept
     resumed, _ = load_tensors(masked.subject / "control/control.safetensors")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[n], resumed[n]) for n in whole)
     assert [p.name for p in (masked.subject / "control").iterdir()] == ["control.safetensors"]

@@ -95,12 +95,13 @@ def generate(
     asked = dict(guidance=guidance, subject_guidance=subject_guidance, strength=strength, references=references)
     asked |= dict(negative_prompt=negative_prompt, size=parse_size(size), compiled=compiled)
     paced = dict(steps=steps, scheduler=scheduler, reuse=reuse)
+    sampling = _sampling(settings.PACES[fast], paced, schedule, asked)
     for one in subjects:
         one.check_masks()
         one.tuned()
-    tuned, pace = subject.tuned(), settings.PACES[fast]
-    pace = replace(pace, reuse=1) if _as_printed(subject) and not fast else pace
-    sampling = _sampling(pace, paced, schedule, asked)
+    tuned = subject.tuned()
+    if reuse is None and not fast and _as_printed(subject):
+        sampling = replace(sampling, reuse=1)
     methods.get(subject.method)
     joined.check(subjects)
     _check_options(subject.method, sampling)
