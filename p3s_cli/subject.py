@@ -195,12 +195,17 @@ class Subject:
         return str(stage.settings.get("method", "p3s")) if stage else "p3s"
 
     @property
+    def as_printed(self) -> bool:
+        """Whether it is tuned by the preset `paper`, and is drawn so: the copy at every step, two passes of guidance."""
+        config = self.manifest.finetune.settings.get("config") if self.manifest.finetune else None
+        return isinstance(config, dict) and config.get("control") == as_settings(PAPER_CONTROL)
+
+    @property
     def _finetune_command(self) -> str:
         stage, options = self.manifest.finetune, []
         if self.method != "p3s":
             options = ["--method", shlex.quote(self.method)]
-        config = stage.settings.get("config") if stage else None
-        if isinstance(config, dict) and config.get("control") == as_settings(PAPER_CONTROL):
+        if self.as_printed:
             options += ["--preset", "paper"]
         if stage and stage.seed:
             options += ["--seed", str(stage.seed)]
@@ -271,6 +276,8 @@ def mask_command(photo: Path, reference: Reference, root: Path) -> str:
     made = reference.mask.settings if reference.mask else {}
     usual = {"preset": "default", "vision": "clip"}
     options = [f"--{o} {shlex.quote(str(made[o]))}" for o in usual if o in made and made[o] != usual[o]]
+    if reference.mask and reference.mask.seed:
+        options.append(f"--seed {reference.mask.seed}")
     return f"p3s mask {shlex.quote(str(photo))} {' '.join([*points, *box, *options])} -o {shlex.quote(str(root))}"
 
 

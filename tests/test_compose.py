@@ -11,6 +11,7 @@ from p3s_cli import stages
 from p3s_cli.errors import InputError
 from p3s_cli.sd import a1111, images, text
 from p3s_cli.stages.composition import Composition, parse_size
+from p3s_cli.subject import Subject
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +170,11 @@ def test_every_memory_profile_tunes_and_draws_and_leaves_the_family_as_it_was(tw
             assert apart <= limit, (name, k)
     drawn = stages.generate(tmp_path / "8", "a [V] cat", n=2, steps=1, memory="8", family=world)
     assert all(p.is_file() for p in drawn.images)
+
+
+def test_subjects_seen_through_different_clip_pairs_do_not_join(two):
+    one, other = (Subject.open(two / name) for name in "ab")
+    Composition().check([one, other])
+    other.manifest.finetune.settings["vision"] = "another/pair"
+    with pytest.raises(InputError, match="another CLIP pair"):
+        Composition().check([one, other])

@@ -2,9 +2,11 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -13,6 +15,7 @@ from p3s_cli.config import PACES
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.paper.points import Selection
 from p3s_cli.sd import images
+from p3s_cli.sd.family import load
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.segment.select import _warnings
@@ -282,3 +285,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(masked, photo, pa
         stages.mask(photo, [(1, 1)], [pair[2][1]], masked.subject, family=world)
     assert (masked.subject / "references/00/mask.safetensors").read_bytes() == before
     assert [p.name for p in masked.subject.rglob(".*")] == [".lock"]
+
+
+def test_that_the_base_filled_in_for_a_missing_inpainting_model_is_said(tiny_folder, tmp_path):
+    family = load(str(tiny_folder), "cpu")
+    family.profile = replace(family.profile, inpainter="not/here")
+    made = stages.mask(tiny.photo(tmp_path / "p.png"), ["18,32"], ["46,32"], tmp_path / "it", "thing", family=family)
+    assert any(f"p3s fetch {tiny_folder} --inpainter not/here" in w and "--force" in w for w in made.warnings)

@@ -123,7 +123,8 @@ def evaluate_subject(
     manifest = Subject.open(root).manifest
     tuned = manifest.finetune.settings if manifest.finetune else {}
     base = model or tuned.get("base") or manifest.model
-    family = family or load(base, device, dtype, tuned.get("vision"))
+    vision = tuned.get("vision") if base == tuned.get("base") else None  # another base has its own
+    family = family or load(base, device, dtype, vision)
     entries = rivals(names or ("p3s",), methods.NAMES, ("published",))
     judge = Judge(protocols.protocol(protocol_name or family.profile.protocol), family.folder, family.device)
     with writing(root, "p3s eval"):

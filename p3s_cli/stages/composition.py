@@ -53,12 +53,12 @@ class Composition:
                 f"{other.root} is tuned by {other.method}, which nothing can join; leave out --also, --control "
                 "and --lora, or tune it with p3s"
             )
-        towers = {s.tuned().settings.get("vision"): s for s in reversed(subjects)}
-        if len(towers) > 1:
-            (first, one), (second, other) = list(towers.items())[:2]
-            raise InputError(
-                f"{one.root} sees its references through {first}, {other.root} through {second}; tune one of them again with the other's --vision"
-            )
+        first = subjects[0]
+        for s in subjects[1:]:
+            if s.tuned().settings.get("vision") != first.tuned().settings.get("vision"):
+                raise InputError(
+                    f"{s.root} sees its references through another CLIP pair than {first.root}; tune one of them again with the other's --vision"
+                )
 
     def record(self) -> dict[str, Any]:
         """Everything an image depends on, by content; empty if nothing joins."""

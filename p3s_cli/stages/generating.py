@@ -100,7 +100,7 @@ def generate(
         one.check_masks()
         one.tuned()
     tuned = subject.tuned()
-    if reuse is None and not fast and _as_printed(subject):
+    if reuse is None and not fast and subject.as_printed:
         sampling = replace(sampling, reuse=1)
     methods.get(subject.method)
     joined.check(subjects)
@@ -161,15 +161,9 @@ def _check_options(method: str, sampling: settings.GenerateConfig) -> None:
         raise InputError(f"{method} has no use for {' and '.join(given)}, which only p3s heeds; leave that out")
 
 
-def _as_printed(subject: Subject) -> bool:
-    """Whether it was tuned by the preset `paper`, and is drawn so: the copy at every step, two passes of guidance."""
-    config = subject.tuned().settings.get("config")
-    return isinstance(config, dict) and config.get("control") == settings.as_settings(settings.PAPER_CONTROL)
-
-
 def _settled(sampling: settings.GenerateConfig, family: Family, subject: Subject) -> settings.GenerateConfig:
     """With the family's strengths where none were asked for; its subject's is P3S's, whose copy it is for."""
-    own = family.profile.subject_guidance if subject.method == "p3s" and not _as_printed(subject) else 1.0
+    own = family.profile.subject_guidance if subject.method == "p3s" and not subject.as_printed else 1.0
     asked = sampling.guidance, sampling.subject_guidance
     chosen = (d if a is None else a for a, d in zip(asked, (family.profile.guidance, own), strict=True))
     return replace(sampling, **dict(zip(("guidance", "subject_guidance"), chosen, strict=True)))

@@ -154,3 +154,9 @@ def test_a_control_without_a_learned_weight_is_not_sampled_by_one(case, tiny_fam
     made = tuned(case, tiny_family, tmp_path / "dog", None)
     with pytest.raises(InputError, match="tuned without a learned weight; choose another --schedule"):
         stages.generate(made, "a [V] dog", n=1, steps=1, schedule="learned", family=tiny_family)
+
+
+def test_another_seed_of_the_world_is_another_case(tmp_path, world):
+    (one,), (other,) = (bench.cases(tmp_path, world, [0], seed, quick=True) for seed in (0, 1))
+    assert one.name != other.name and one.truth.digest != other.truth.digest
+    assert [len(Subject.open(c.subject).manifest.references) for c in (one, other)] == [1, 1]

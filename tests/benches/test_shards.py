@@ -77,6 +77,9 @@ def test_the_whole_finds_all_that_its_shards_made_with_each_cases_own_steps(
     halves = [part.outcome(entries).means["p3s"]["identity"].value for part in parts]
     assert outcome.means["p3s"]["identity"].value == pytest.approx(sum(halves) / 2)
     assert outcome.means["p3s"]["identity"].subjects == 2 and outcome.budget == 10.0
+    whole.rows.gather()
+    lines = [(tmp_path / folder / "scores.jsonl").read_text() for folder in ("", "shard-1-of-2", "shard-2-of-2")]
+    assert lines[0] and sorted(lines[0].splitlines()) == sorted("".join(lines[1:]).splitlines())
 
 
 def test_every_item_is_in_one_shard():

@@ -54,6 +54,12 @@ def test_another_trajectory_begins_with_features_of_its_own(tuned):
     assert next(iter(first[0].features.values())) is not next(iter(second[0].features.values()))
 
 
+def test_a_trajectory_of_one_step_has_features_of_its_own_too(tuned):
+    family, part = tuned
+    first, second = trajectory(family, Bound.build(family, part, GenerateConfig(reuse=2)), [500, 500])
+    assert next(iter(first[0].features.values())) is not next(iter(second[0].features.values()))
+
+
 def test_a_subject_binds_to_a_family_of_which_nothing_is_loaded_yet(tuned):
     """The control is made on the meta device, where no model can be read; it ends with the tuned tensors alone."""
     family, part = tuned
