@@ -56,9 +56,18 @@ def test_it_draws_what_the_sampler_draws_calls_back_and_survives_being_saved(tun
     assert torch.equal(again("a [V] pet on beach", **options).images, theirs)
 
 
-@pytest.mark.parametrize(("guidance", "subject_guidance"), [(3.0, None), (3.0, 1.0), (3.0, 3.0), (1.0, 1.5)])
-def test_its_latents_are_those_of_generate_whatever_the_guidance(tuned, world, monkeypatch, guidance, subject_guidance):
-    """By default too: both then take the family's subject guidance. (1.0 is no guidance to diffusers.)"""
+@pytest.mark.parametrize(
+    ("guidance", "subject_guidance", "printed"),
+    [(3.0, None, False), (3.0, 1.0, False), (3.0, 3.0, False), (1.0, 1.5, False), (3.0, None, True)],
+)
+def test_its_latents_are_those_of_generate_whatever_the_guidance(
+    tuned, world, monkeypatch, guidance, subject_guidance, printed
+):
+    """By default too: both then take the family's subject guidance. (1.0 is no guidance to diffusers.)
+
+    What the preset `paper` tuned is drawn without the third pass, and the copy runs at every step, by both.
+    """
+    monkeypatch.setattr(Subject, "as_printed", printed)
     decode, seen = images.decode, []
     monkeypatch.setattr(images, "decode", lambda vae, latents, n: (seen.append(latents), decode(vae, latents, n))[1])
     options = {"guidance": guidance, "subject_guidance": subject_guidance, "negative_prompt": "snow" * (guidance > 1)}
