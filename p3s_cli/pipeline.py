@@ -147,7 +147,7 @@ class P3SPipeline(StableDiffusionPipeline):
             if not (kwargs[name] is None or isinstance(kwargs[name], (int, float)) and kwargs[name] == 0):
                 raise InputError(f"P3SPipeline takes no {name}: {_NOT_HERE[name]}")
         family, subjects = self._family(), self.__dict__["_p3s"][1]
-        words = _words(family, subjects, prompt, kwargs.get("negative_prompt"))
+        prompts = _checked(family, subjects, prompt, kwargs.get("negative_prompt"))
         edge = family.profile.image_size
         size = height or edge, width or edge
         if references < 1:
@@ -157,13 +157,13 @@ class P3SPipeline(StableDiffusionPipeline):
         config = replace(config, reuse=1) if printed else config
         spans = controlnet_conditioning_scale, control_guidance_start, control_guidance_end
         each = kwargs.get("num_images_per_prompt") or 1
-        guides = controls.guides_of(controls.listed(self.controlnet), image, *spans, size, len(words), each)
+        guides = controls.guides_of(controls.listed(self.controlnet), image, *spans, size, len(prompts), each)
         unet, vae, strength = self.unet, self.vae, subject_guidance
         own = 1.0 if printed else family.profile.subject_guidance
         strength = own if strength is None else strength
         with P3S().bind_many(family, _parts(subjects, subject_strength), config) as generator:
             # encoded here, for a subject's word is learnt and no tokenizer knows it
-            embeds, empty = (generator.encode(w).to(unet.dtype) for w in (words, [""]))
+            embeds, empty = (generator.encode(w).to(unet.dtype) for w in (prompts, [""]))
             controlled = GuidedUNet(
                 unet, generator.eps, self._scale, strength, empty, self._control(guides), config.reuse
             )
@@ -209,19 +209,20 @@ class P3SPipeline(StableDiffusionPipeline):
         return family
 
 
-def _words(
+def _checked(
     family: Family, subjects: Sequence[Subject], prompt: str | list[str] | None, negative: str | list[str] | None
 ) -> list[str]:
-    """The prompts with the subjects' identifiers in them. Warns of what is cut off."""
+    """The prompts, each with every subject in it. Warns of what is cut off."""
     if prompt is None:
         raise InputError('P3SPipeline needs a prompt with [V] in it, such as "a [V] dog on the beach"')
     names = [s.manifest.identifier for s in subjects]
-    words = [text.identify(p, *names) for p in ([prompt] if isinstance(prompt, str) else prompt)]
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    words = [text.identify(p, *names) for p in prompts]
     unwanted = negative if isinstance(negative, list) else [negative or ""]
     for one, against in itertools.zip_longest(words, unwanted, fillvalue=""):
         for warning in text.check_words(family.tokenizer, one, against, names if one else ()):
             warnings.warn(warning, stacklevel=3)
-    return words
+    return prompts
 
 
 def _parts(subjects: Sequence[Subject], strength: float | Sequence[float]) -> list[Part]:

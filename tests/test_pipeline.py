@@ -42,7 +42,7 @@ def test_it_draws_what_the_sampler_draws_calls_back_and_survives_being_saved(tun
     part = Part(Subject.open(tuned), tensors, ControlConfig(**metadata["config"]["control"]))
     sampling = GenerateConfig()
     with P3S().bind_many(world, [part], sampling) as generator:
-        states, empty = generator.encode(["a sks pet on beach", ""]).split(1)
+        states, empty = generator.encode(["a [V] pet on beach", ""]).split(1)
         scheduler = build_scheduler("ddim", world.scheduler_config)
         ours = sample(generator.eps, states, empty, scheduler, [3], (4, 16, 16), 2, 3.0, 2.0, reuse=sampling.reuse)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
@@ -129,14 +129,15 @@ def test_models_kept_off_the_device_draw_the_same_image_twice(pipe):
     assert all(torch.equal(drawn(pipe, "a [V] pet", latents=noise), before) for _ in range(2))
 
 
-def test_two_subjects_each_with_its_own_strength(pipe, tuned):
+def test_two_subjects_each_with_its_own_strength_and_place(pipe, tuned):
     noise = initial_noise([3], (4, 16, 16))[0]
     pair = P3SPipeline.from_pretrained("world", subject=[tuned, tuned])
     pair.set_progress_bar_config(disable=True)
     prompt = "a [V1] pet and a [V2] pet"
-    one = drawn(pipe, "a [V] pet and a sks pet", latents=noise, subject_strength=0.5)
+    prompts = "a [V] pet and a sks pet", "a sks pet and a [V] pet"
+    left, right = (drawn(pipe, p, latents=noise, subject_strength=0.5) for p in prompts)
     first, second, both = (drawn(pair, prompt, latents=noise, subject_strength=s) for s in ([0.5, 0], (0, 0.5), 0.5))
-    assert torch.equal(first, one) and torch.equal(second, one) and not torch.equal(both, one)
+    assert torch.equal(first, left) and torch.equal(second, right) and not torch.equal(both, left)
     with pytest.raises(InputError, match="has 1 numbers for 2 subjects"):
         drawn(pair, prompt, subject_strength=[0.5])
 

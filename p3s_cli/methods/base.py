@@ -24,8 +24,8 @@ R = TypeVar("R")
 class Generator:
     """What a bound method gives the sampler.
 
-    encode: prompts, identifier included, to text states (B, 77, D). eps: (x_t (B, 4, h, w), t (B,),
-    text (B, 77, D), with the subject?) to noise (B, 4, h, w).
+    encode: prompts with [V] (or [V1], [V2], ...) where the subject is to text states (B, 77, D). eps: (x_t (B, 4, h, w),
+    t (B,), text (B, 77, D), with the subject?) to noise (B, 4, h, w).
     """
 
     encode: Callable[[Sequence[str]], Tensor]

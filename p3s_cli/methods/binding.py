@@ -46,7 +46,7 @@ class Bound:
     control: P3SControl
     seen: list[Tensor]
     strength: float
-    words: tuple[str, str]  # identifier and class word
+    identifier: str
     reuse: int = 1
     learned: LearnedWeight | None = None  # where the schedule is left to it
     forward: Forward = Forward()
@@ -75,11 +75,10 @@ class Bound:
         given = condition(family, photos, views, part.config, sampling.size)
         with torch.no_grad():
             seen = control.see(given.latent.to(family.dtype), given.vision.to(family.dtype))
-        manifest = part.subject.manifest
-        words = manifest.identifier, manifest.class_word
+        identifier = part.subject.manifest.identifier
         learned = control.weighting if sampling.schedule.kind == "learned" else None
         passes = forward(sampling.compiled)
-        return cls(control, list(seen.split(1)), part.strength, words, sampling.reuse, learned, passes)
+        return cls(control, list(seen.split(1)), part.strength, identifier, sampling.reuse, learned, passes)
 
     def injections(self, x_t: Tensor, t: Tensor, states: Tensor, weight: float) -> list[Injection]:
         """P3S eq. 6 for each reference; together they take the place of one."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from p3s_cli.config import Timesteps
 from p3s_cli.paper.losses import denoising_loss
+from p3s_cli.sd import text
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.sample import Eps
 
@@ -142,6 +143,13 @@ def tuned_copy(model: M, tensors: Mapping[str, Tensor], prefix: str, strength: f
 def trainable(model: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
     """The parameters that require a gradient, by `prefix` + name."""
     return {prefix + n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def states_of(family: Family, identifier: str) -> Callable[[Sequence[str]], Tensor]:
+    """Text states (B, 77, D) of prompts by the family's own text encoder, the identifier where they say [V]."""
+    return lambda prompts: text.encode(
+        family.tokenizer, family.text_encoder, [text.fill(p, identifier) for p in prompts]
+    )
 
 
 def noise_of(family: Family, tuned: nn.Module) -> Eps:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
 from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
-from p3s_cli.methods.denoising import Bank, Denoising, noise_of, trainable, training_copy, tuned_copy
+from p3s_cli.methods.denoising import Bank, Denoising, noise_of, states_of, trainable, training_copy, tuned_copy
 from p3s_cli.methods.photos import crops
 from p3s_cli.methods.prior import prior
 from p3s_cli.sd import images, text
@@ -67,9 +67,7 @@ class DreamBooth:
     def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> Iterator[Generator]:
         """The tuned U-Net; strength goes from the base's weights (0) to the tuned ones (1) and beyond."""
         tuned = tuned_copy(family.unet, learnt.tensors, "unet.", sampling.strength)
-        yield Generator(
-            lambda prompts: text.encode(family.tokenizer, family.text_encoder, prompts), noise_of(family, tuned)
-        )
+        yield Generator(states_of(family, learnt.subject.manifest.identifier), noise_of(family, tuned))
 
 
 register(DreamBooth("dreambooth", PLAIN))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
 from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
-from p3s_cli.methods.denoising import Bank, Denoising, noise_of, partly_trained, trainable
+from p3s_cli.methods.denoising import Bank, Denoising, noise_of, partly_trained, states_of, trainable
 from p3s_cli.methods.photos import crops
 from p3s_cli.sd import images, text
 from p3s_cli.sd.family import Family, Profile
@@ -69,9 +69,7 @@ class Lora:
         scaled = {n: t * sampling.strength if "lora_B" in n else t for n, t in learnt.tensors.items()}
         unet.load_state_dict(scaled, strict=False)
         unet.to(family.dtype).requires_grad_(False)
-        yield Generator(
-            lambda prompts: text.encode(family.tokenizer, family.text_encoder, prompts), noise_of(family, unet)
-        )
+        yield Generator(states_of(family, learnt.subject.manifest.identifier), noise_of(family, unet))
 
 
 register(Lora())

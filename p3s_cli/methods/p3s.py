@@ -92,10 +92,11 @@ class P3S:
 
 
 def _encode(family: Family, bound: Sequence[Bound], prompts: list[str], strength: float) -> Tensor:
-    """Text states (B, 77, D), each subject's learned word, as strong as the subject, at its own identifier."""
-    states = text.encode(family.tokenizer, family.text_encoder, prompts)
-    for b in bound:
-        where = text.positions(family.tokenizer, prompts, *b.words)
+    """Text states (B, 77, D), each subject's learned word, as strong as the subject, at its own places."""
+    identifiers = [b.identifier for b in bound]
+    states = text.encode(family.tokenizer, family.text_encoder, [text.fill(p, *identifiers) for p in prompts])
+    for which, b in enumerate(bound):
+        where = text.positions(family.tokenizer, prompts, identifiers, which)
         states = b.control.say(states, where.to(states.device), strength * b.strength)
     return states
 
@@ -133,10 +134,11 @@ class _Loss:
         # masters in bfloat16 compute in it, whatever the frozen part is kept in
         self.autocast = self.dtype if self.dtype != torch.float32 else next(control.parameters()).dtype
         self.noise_schedule = noise_schedule(family)
-        prompts = [f"{t.format(subject.manifest.name)} {c}".strip() for t in TEMPLATES for c in config.contexts]
-        self.text = text.encode(family.tokenizer, family.text_encoder, [*prompts, ""])
-        words = subject.manifest.identifier, subject.manifest.class_word
-        self.where = text.positions(family.tokenizer, [*prompts, ""], *words).to(family.device)
+        name, identifier = f"{text.PLACEHOLDER} {subject.manifest.class_word}", subject.manifest.identifier
+        prompts = [*(f"{t.format(name)} {c}".strip() for t in TEMPLATES for c in config.contexts), ""]
+        filled = [text.fill(p, identifier) for p in prompts]
+        self.text = text.encode(family.tokenizer, family.text_encoder, filled)
+        self.where = text.positions(family.tokenizer, prompts, [identifier], 0).to(family.device)
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         config, n = self.config, self.batch

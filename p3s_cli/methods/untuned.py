@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +11,7 @@ from torch import Tensor
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
 from p3s_cli.methods.base import Generator, Learnt, Lesson, register
-from p3s_cli.methods.denoising import noise_of
-from p3s_cli.sd import text
+from p3s_cli.methods.denoising import noise_of, states_of
 from p3s_cli.sd.family import Family, Profile
 
 
@@ -40,12 +38,7 @@ class Untuned:
     @contextlib.contextmanager
     def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> Iterator[Generator]:
         """The family as it is. The identifier, which means nothing to it, is left out of the prompts."""
-        identifier = re.compile(rf"(?<!\w){re.escape(learnt.subject.manifest.identifier)}(?!\w)\s*")
-
-        def encode(prompts: Sequence[str]) -> Tensor:
-            return text.encode(family.tokenizer, family.text_encoder, [identifier.sub("", p) for p in prompts])
-
-        yield Generator(encode, noise_of(family, family.unet))
+        yield Generator(states_of(family, ""), noise_of(family, family.unet))
 
 
 register(Untuned())

@@ -48,11 +48,12 @@ class NewWord:
         self.text_encoder.set_input_embeddings(_Embedding(known, self.row))
         identifier, class_word = re.escape(manifest.identifier), re.escape(manifest.class_word)
         noun = rf"(\s+{class_word}(?!\w))?" if instead_of_class else ""
+        self._identifier = manifest.identifier
         self._replaced = re.compile(rf"(?<!\w){identifier}(?!\w){noun}", re.IGNORECASE)
 
     def spell(self, prompt: str) -> str:
-        """The prompt with the new word where it says the identifier."""
-        return self._replaced.sub(self.name, prompt)
+        """The prompt with the new word where it says the identifier, or [V] in its stead."""
+        return self._replaced.sub(self.name, text.fill(prompt, self._identifier))
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Text states (B, 77, D), float32, through which gradients flow to `row`."""

@@ -13,12 +13,22 @@ from p3s_cli.errors import InputError
 
 PLACEHOLDER = "[V]"
 _LONGEST = 2_000  # characters
-_NUMBERED = re.compile(r"\[V(\d+)\]")
+_PLACE = re.compile(r"\[V(\d*)\]")
 _GLUED = re.compile(r"\w\[V\d*\]|\[V\d*\]\w")
 
 
+def fill(prompt: str, *identifiers: str) -> str:
+    """The prompt as the text encoder reads it: the subjects' identifiers where it says [V], or [V1], [V2], ..."""
+    return _PLACE.sub(lambda place: identifiers[_subject(place)], prompt)
+
+
+def _subject(place: re.Match) -> int:
+    """Which subject a place is of, counted from zero."""
+    return int(place[1] or 1) - 1
+
+
 def identify(prompt: str, identifier: str, *others: str) -> str:
-    """Put the subjects' identifiers where the prompt says [V], or [V1], [V2], ... where there are several.
+    """`fill`, after a look at the prompt.
 
     Raises InputError for a subject the prompt says nowhere, for a place that has no subject, and for one that is no word of
     its own: the text encoder would read another word.
@@ -29,13 +39,11 @@ def identify(prompt: str, identifier: str, *others: str) -> str:
             f'the prompt "{prompt}" has no space around [V] in "{glued[0]}"; write it as a word of its own'
         )
     identifiers = (identifier, *others)
-    if not others:
-        prompt = prompt.replace(PLACEHOLDER, "[V1]")
-    elif PLACEHOLDER in prompt:
+    if others and PLACEHOLDER in prompt:
         raise InputError(
             f'the prompt "{prompt}" says [V], but there are {len(identifiers)} subjects; write [V1], [V2] and so on'
         )
-    numbers = {int(n) for n in _NUMBERED.findall(prompt)}
+    numbers = {_subject(place) + 1 for place in _PLACE.finditer(prompt)}
     for n in range(1, len(identifiers) + 1):
         if n not in numbers:
             name = f"[V{n}]" if others else PLACEHOLDER
@@ -44,7 +52,7 @@ def identify(prompt: str, identifier: str, *others: str) -> str:
             )
     if extra := numbers - set(range(1, len(identifiers) + 1)):
         raise InputError(f"the prompt says [V{min(extra)}], which is no subject; name one with --also")
-    return _NUMBERED.sub(lambda match: identifiers[int(match[1]) - 1], prompt)
+    return fill(prompt, *identifiers)
 
 
 def check_text(which: str, words: str) -> None:
@@ -80,6 +88,8 @@ def check_identifier_survives(tokenizer: CLIPTokenizer, prompt: str, identifier:
 def check_words(tokenizer: CLIPTokenizer, words: str, negative: str, identifiers: Sequence[str]) -> list[str]:
     """Warnings for what of the prompts the text encoder will not see; InputError if a subject is in it."""
     check_text("negative prompt", negative)
+    if place := _PLACE.search(negative):
+        raise InputError(f"the negative prompt says {place[0]}, and no subject can stand there; leave that out")
     for identifier in identifiers:
         check_identifier_survives(tokenizer, words, identifier)
     lost = {"prompt": lost_words(tokenizer, words), "negative prompt": lost_words(tokenizer, negative)}
@@ -100,19 +110,20 @@ def encode(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Seque
     return states(tokenizer, text_encoder, prompts)
 
 
-def positions(tokenizer: CLIPTokenizer, prompts: Sequence[str], identifier: str, class_word: str) -> Tensor:
-    """Where the identifier's tokens stand in each prompt as `encode` pads it, (B, 77) bool.
+def positions(tokenizer: CLIPTokenizer, prompts: Sequence[str], identifiers: Sequence[str], which: int) -> Tensor:
+    """Where the tokens of subject `which` (from 0) stand in each prompt as `encode` pads it once filled, (B, 77) bool.
 
-    Before its own class word if the prompt says so, for two subjects may share an identifier; else everywhere.
+    Counted from its places in the prompt, for two subjects may share an identifier, and a class word, too.
     """
-    own, phrase = (tokenizer(words).input_ids[1:-1] for words in (identifier, f"{identifier} {class_word}"))
-    where = torch.zeros(len(prompts), tokenizer.model_max_length, dtype=torch.bool)
+
+    def length(words: str) -> int:
+        return len(tokenizer(words, verbose=False).input_ids) - 2  # without begin and end
+
+    last = tokenizer.model_max_length - 1  # the end's own place
+    where = torch.zeros(len(prompts), last + 1, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
-        for first in _starts(ids, phrase) or _starts(ids, own):
-            where[row, first : first + len(own)] = True
+        for place in _PLACE.finditer(prompt):
+            if _subject(place) == which:
+                first = 1 + length(fill(prompt[: place.start()], *identifiers))
+                where[row, first : min(first + length(identifiers[which]), last)] = True
     return where
-
-
-def _starts(ids: list[int], wanted: list[int]) -> list[int]:
-    return [i for i in range(len(ids) - len(wanted) + 1) if ids[i : i + len(wanted)] == wanted]

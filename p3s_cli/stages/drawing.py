@@ -30,7 +30,8 @@ class Order:
     family: Family
     subject: Subject
     joined: Composition
-    words: str  # the prompt, identifiers in the place of [V]
+    prompt: str  # with [V] in it
+    words: str  # the same, identifiers in the place of [V]
     sampling: settings.GenerateConfig
     safety_checker: bool
 
@@ -56,7 +57,7 @@ def draw(
         for name, path, strength in order.joined.control
     ]
     with _bound(order) as generator, lora.applied(family, order.joined.lora):
-        texts = generator.encode([order.words, order.sampling.negative_prompt]).split(1)
+        texts = generator.encode([order.prompt, order.sampling.negative_prompt]).split(1)
         for first in range(0, len(seeds), memory.images):
             batch = seeds[first : first + memory.images]
             if not set(batch) & set(missing):

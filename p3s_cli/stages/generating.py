@@ -109,10 +109,10 @@ def generate(
     family = family or load(model or tuned.settings["base"], device, dtype, tuned.settings.get("vision"))
     for one in subjects:
         one.check_control(family.fingerprint())
-    order = Order(family, subject, joined, words, _settled(sampling, family, subject), safety_checker)
+    order = Order(family, subject, joined, prompt, words, _settled(sampling, family, subject), safety_checker)
     warnings = text.check_words(family.tokenizer, words, negative_prompt, identifiers)
     seeds = tuple(range(seed, seed + n))
-    output = Output(subject, _record(order, prompt), seeds, metadata)
+    output = Output(subject, _record(order), seeds, metadata)
     missing = [s for s in seeds if force or not output.made(s)]
 
     def work(_: str, saving: settings.MemoryProfile) -> None:
@@ -169,12 +169,12 @@ def _settled(sampling: settings.GenerateConfig, family: Family, subject: Subject
     return replace(sampling, **dict(zip(("guidance", "subject_guidance"), chosen, strict=True)))
 
 
-def _record(order: Order, prompt: str) -> dict[str, Any]:
+def _record(order: Order) -> dict[str, Any]:
     """Everything an image depends on but its seed."""
     tuned, sampling = order.subject.tuned(), settings.as_settings(order.sampling)
     del sampling["compiled"]  # the same image, but for rounding
     return {
-        "prompt": prompt,
+        "prompt": order.prompt,
         "text": order.words,
         "sampling": sampling,
         "control": tuned.artifacts,

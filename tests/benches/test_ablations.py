@@ -143,7 +143,7 @@ def test_a_learned_weight_is_what_sampling_by_it_injects_with(case, tiny_family,
         sampling = GenerateConfig(schedule=WeightSchedule(kind))
         part = Part(made, moved, ControlConfig(learned_weight=True))
         with P3S().bind_many(tiny_family, [part], sampling) as bound, torch.no_grad():
-            return bound.eps(x, t, bound.encode(["a sks dog"]), True)
+            return bound.eps(x, t, bound.encode(["a [V] dog"]), True)
 
     torch.testing.assert_close(noise("learned", 0.0), noise("fixed", 0.0), rtol=0, atol=0)
     assert (noise("learned", 2.0) - noise("learned", 0.0)).abs().max() > 1e-4

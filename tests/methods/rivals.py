@@ -27,7 +27,7 @@ def looks(family):
     return processors, [type(m) for m in family.unet.modules()], len(family.tokenizer)
 
 
-def noise(generator, family, prompt="a sks dog on the beach", with_subject=True):
+def noise(generator, family, prompt="a [V] dog on the beach", with_subject=True):
     g = torch.Generator().manual_seed(3)
     x_t = torch.randn(1, 4, 16, 16, generator=g)
     with torch.no_grad():

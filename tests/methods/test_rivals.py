@@ -83,11 +83,11 @@ def test_strength_zero_and_the_half_without_the_subject_are_the_base(name, famil
     with bound(name, family, subject, learnt[name], strength=0.0) as generator:
         torch.testing.assert_close(noise(generator, family, prompt), base, atol=1e-6, rtol=0)
     with bound(name, family, subject, learnt[name]) as generator:
-        prompt = "a sks dog on the beach"  # says the new word of methods that have one
+        prompt = "a [V] dog on the beach"  # says the new word of methods that have one
         tuned, without = (noise(generator, family, prompt, with_subject) for with_subject in (True, False))
     assert (tuned - base).abs().max() > 1e-4
     if name in ("dreambooth", "dreambooth-prior", "lora"):
-        states = text.encode(family.tokenizer, family.text_encoder, [prompt])
+        states = text.encode(family.tokenizer, family.text_encoder, ["a sks dog on the beach"])
         x_t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
         assert torch.equal(without, family.unet(x_t, torch.tensor([400]), states).sample)
 
@@ -117,7 +117,7 @@ def test_untuned_is_the_plain_diffusers_pipeline_without_the_identifier(family, 
     start, _ = sample.initial_noise([5], (4, 16, 16))
     theirs = pipeline("a dog on the beach", latents=start, num_inference_steps=3, guidance_scale=4.0, output_type="pt")
     with bound("untuned", family, subject, {}) as generator:
-        states, empty = generator.encode(["a sks dog on the beach", ""]).split(1)
+        states, empty = generator.encode(["a [V] dog on the beach", ""]).split(1)
         scheduler = sample.build_scheduler("ddim", family.scheduler_config)
         latents = sample.sample(generator.eps, states, empty, scheduler, [5], (4, 16, 16), 3, 4.0)
     torch.testing.assert_close(images.decode(family.vae, latents), theirs.images, atol=1e-4, rtol=0)

@@ -8,21 +8,34 @@ from p3s_cli.methods.denoising import diffuse
 from p3s_cli.sd import text
 
 
-def test_the_word_is_added_at_the_identifier_before_its_own_class_word_and_nowhere_else(world, make_control):
-    prompts = ["a sks dog and a sks cat on the beach", "a sks thing", "a dog"]
-    where = text.positions(world.tokenizer, prompts, "sks", "dog")
-    ids = world.tokenizer(prompts, padding="max_length", max_length=77, truncation=True).input_ids
+@pytest.mark.parametrize(
+    ("prompt", "after"),
+    [
+        ("a [V1] dog and a [V2] dog on the beach", (["dog"], ["dog"])),  # one identifier, one class word, two subjects
+        ("a [V2] cat behind ([V1]) and [V1]'s hat", ([")", "'"], ["cat"])),
+        ("[V1] and a sks dog", (["and"], [])),  # whoever writes the identifier means the word alone
+    ],
+)
+def test_each_subjects_word_is_added_at_its_own_places_and_nowhere_else(world, make_control, prompt, after):
+    ids = world.tokenizer(text.fill(prompt, "sks", "sks"), padding="max_length", max_length=77).input_ids
     wanted = world.tokenizer("sks").input_ids[1:-1]
-    for row, (mask, line) in enumerate(zip(where, ids, strict=True)):
-        marked = [i for i, m in zip(line, mask.tolist(), strict=True) if m]
-        assert marked == (wanted if row < 2 else [])  # once: the cat's identifier is not the dog's
-    first = int(where[0].nonzero()[0])
-    assert world.tokenizer.decode(ids[0][first + len(wanted)]).strip() == "dog"
+    for which in (0, 1):
+        where = text.positions(world.tokenizer, [prompt], ["sks", "sks"], which)
+        marked = where[0].nonzero().flatten().tolist()
+        assert [ids[i] for i in marked] == wanted * len(after[which])
+        ends = marked[len(wanted) - 1 :: len(wanted)]
+        assert [world.tokenizer.decode(ids[i + 1]).strip() for i in ends] == after[which]
     control = make_control(learned_word=True)
     with torch.no_grad():
         control.word.fill_(0.5)
-    said = control.say(torch.zeros(3, 77, 128), where)
+    said = control.say(torch.zeros(1, 77, 128), where)
     assert torch.equal(said, 0.5 * where[..., None].float().expand_as(said))
+
+
+def test_no_place_reaches_beyond_what_the_text_encoder_reads(world):
+    where = text.positions(world.tokenizer, ["dog " * 74 + "[V]", "dog " * 75 + "[V]"], ["sks"], 0)
+    assert len(world.tokenizer("sks").input_ids) == 4  # two tokens, of which one has room behind 74 dogs
+    assert where[0].nonzero().flatten().tolist() == [75] and not where[1].any()  # 76 is the end's
 
 
 def test_before_training_the_word_changes_nothing_and_the_paper_has_none(make_control):

@@ -50,3 +50,8 @@ def test_a_subject_glued_to_another_word_is_refused(prompt):
 def test_text_that_is_no_unicode_is_refused():
     with pytest.raises(InputError, match="not valid Unicode"):
         text.identify("a [V] \ud800", "sks")
+
+
+def test_a_subject_has_no_place_in_the_negative_prompt(world):
+    with pytest.raises(InputError, match=r"the negative prompt says \[V\]"):
+        text.check_words(world.tokenizer, "a sks dog", "a [V] dog", ["sks"])
