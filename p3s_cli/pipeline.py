@@ -125,7 +125,7 @@ class P3SPipeline(StableDiffusionPipeline):
         num_inference_steps: int = 50,
         *,
         subject_strength: float | Sequence[float] = 1.0,
-        schedule: str = "quadratic",
+        schedule: str | None = None,
         subject_guidance: float | None = None,
         references: int = 1,
         image: Any = None,
@@ -153,14 +153,14 @@ class P3SPipeline(StableDiffusionPipeline):
         if references < 1:
             raise InputError("give at least one of each subject's references (references=1)")
         printed = subjects[0].as_printed
-        config = settings.with_schedule(settings.GenerateConfig(size=size, references=references), schedule)
-        config = replace(config, reuse=1) if printed else config
+        own = family.profile.as_printed() if printed else family.profile
+        config = settings.GenerateConfig(size=size, references=references, **({"reuse": 1} if printed else {}))
+        config = settings.with_schedule(config, schedule or own.schedule)
         spans = controlnet_conditioning_scale, control_guidance_start, control_guidance_end
         each = kwargs.get("num_images_per_prompt") or 1
         guides = controls.guides_of(controls.listed(self.controlnet), image, *spans, size, len(prompts), each)
         unet, vae, strength = self.unet, self.vae, subject_guidance
-        own = 1.0 if printed else family.profile.subject_guidance
-        strength = own if strength is None else strength
+        strength = own.subject_guidance if strength is None else strength
         with P3S().bind_many(family, _parts(subjects, subject_strength), config) as generator:
             # encoded here, for a subject's word is learnt and no tokenizer knows it
             embeds, empty = (generator.encode(w).to(unet.dtype) for w in (prompts, [""]))

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from p3s_cli import P3SPipeline, stages
-from p3s_cli.config import ControlConfig, GenerateConfig
+from p3s_cli.config import ControlConfig, GenerateConfig, with_schedule
 from p3s_cli.errors import InputError
 from p3s_cli.methods.binding import Part
 from p3s_cli.methods.p3s import P3S
@@ -40,7 +40,7 @@ def test_it_draws_what_the_sampler_draws_calls_back_and_survives_being_saved(tun
     theirs = pipe("a [V] pet on beach", callback_on_step_end=note, **options).images
     tensors, metadata = load_tensors(tuned / "control/control.safetensors")
     part = Part(Subject.open(tuned), tensors, ControlConfig(**metadata["config"]["control"]))
-    sampling = GenerateConfig()
+    sampling = with_schedule(GenerateConfig(), world.profile.schedule)
     with P3S().bind_many(world, [part], sampling) as generator:
         states, empty = generator.encode(["a [V] pet on beach", ""]).split(1)
         scheduler = build_scheduler("ddim", world.scheduler_config)

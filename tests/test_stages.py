@@ -131,7 +131,9 @@ def test_same_seed_same_image_whatever_n_is_and_metadata_tells_how(tuned, world)
     pixels = np.asarray(images.load_image(four.images[2])).astype(int)
     meta = images.read_metadata(four.images[2])
     assert meta["seed"] == 12 and meta["prompt"] == "a [V] pet on beach" and meta["text"] == "a sks pet on beach"
-    assert meta["sampling"]["guidance"] == world.profile.guidance
+    for name in ("guidance", "subject_guidance"):
+        assert meta["sampling"][name] == getattr(world.profile, name)
+    assert meta["sampling"]["schedule"]["kind"] == world.profile.schedule
     one = generate(tuned, world, n=1, seed=12, force=True)
     assert one.images[0] == four.images[2]
     assert abs(np.asarray(images.load_image(one.images[0])).astype(int) - pixels).max() <= 1

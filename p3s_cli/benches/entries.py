@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from p3s_cli.config import PRESETS, ControlConfig, MaskConfig
 from p3s_cli.errors import InputError
+from p3s_cli.sd.profile import Profile
 from p3s_cli.subject import digest
 
 Budget = Literal["published", "equal"]
@@ -79,29 +80,28 @@ _PRINTED = MaskConfig(recipe="paper")
 _PRINTED_MASKS = References("eq2-raw", masking=_PRINTED)
 _UNPAINTED = References("unpainted", inpaint=False)
 _THREE = References("three", photos=3)
+_SCHEDULES = ("quadratic", "fixed", "increasing", "decreasing")
 
 
-def ablations(guidance: float, subject_guidance: float) -> tuple[Entry, ...]:
+def ablations(profile: Profile) -> tuple[Entry, ...]:
     """The paper's Tables II, III and IV and Fig. 5, then our own readings; the first is what all are compared with.
 
-    `guidance` (s_t) and `subject_guidance` (s_i) are the family's: s_i is tried at 1 (injection in both halves
-    of guidance), at 2, and at s_t (in the conditional half only), but for the one that is the default.
+    s_i is tried at 1 (injection in both halves of guidance), at 2, and at s_t (in the conditional half only), and every
+    schedule of Table III, but for what the family does by default.
     """
-    strengths = [s for s in dict.fromkeys((1.0, 2.0, guidance)) if s != subject_guidance]
+    strengths = [s for s in dict.fromkeys((1.0, 2.0, profile.guidance)) if s != profile.subject_guidance]
     return (
+        Entry("p3s"),
+        *(Entry(f"weight {s}", sampling={"schedule": s}) for s in _SCHEDULES if s != profile.schedule),
         *_ABLATIONS,
         *(Entry(f"subject guidance {s:g}", sampling={"subject_guidance": s}) for s in strengths),
     )
 
 
 _ABLATIONS: tuple[Entry, ...] = (
-    Entry("p3s"),
     _control("without RNGR", rngr=False),
     _control("without L_ac", attention_loss="off"),
     _control("L_ac on all layers", attention_layers="all"),
-    Entry("weight fixed", sampling={"schedule": "fixed"}),
-    Entry("weight increasing", sampling={"schedule": "increasing"}),
-    Entry("weight decreasing", sampling={"schedule": "decreasing"}),
     replace(_control("weight learned", learned_weight=True), sampling={"schedule": "learned"}),
     Entry("paper preset", control=PRESETS["paper"][1], references=_PRINTED_MASKS),
     _control("literal injection", injection="literal"),

@@ -157,7 +157,7 @@ def evaluate_world(
     root, family = Path(work), load(model, device, dtype)
     judge = Judge(protocols.protocol(family.profile.protocol), family.folder, family.device)
     if ablate:
-        rows = ablations(family.profile.guidance, family.profile.subject_guidance)
+        rows = ablations(family.profile)
         entries = choose(rows, names, lambda e: e.name)
     else:
         entries = rivals(names or ("p3s",), methods.NAMES, budgets)

@@ -55,11 +55,11 @@ def generate(
         typer.Option(help="ddim (default), ddpm, dpm++ (with --fast), unipc, euler, ... or a scheduler of diffusers."),
     ] = None,
     schedule: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="P3S: how its weight runs over time: quadratic, fixed, increasing, decreasing, off, or learned."
+            help="P3S: how its weight runs over time: quadratic, fixed, increasing, decreasing, off, or learned; default the family's (quadratic for sd15)."
         ),
-    ] = "quadratic",
+    ] = None,
     strength: Annotated[float, typer.Option(min=0, help="Multiplies the weight of every subject.")] = 1.0,
     negative_prompt: Annotated[str, typer.Option(help="What to keep out of the images.")] = "",
     also: Annotated[

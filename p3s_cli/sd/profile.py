@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from p3s_cli.atomic import read_text
+from p3s_cli.config import Schedule
 from p3s_cli.errors import InputError, first_reason
 from p3s_cli.sd import hub
 from p3s_cli.sd.hub import Part
@@ -47,6 +48,7 @@ class Profile:
     nouns: tuple[str, ...]
     protocol: str  # how `p3s eval` scores where nothing else is asked for
     prompts: tuple[str, ...]  # what `p3s eval` draws of a subject: [V] stands for it, {} for its class word
+    schedule: Schedule = "quadratic"  # of P3S's weight
     # settings by method, where this family needs others than a method's published ones
     methods: dict[str, dict[str, int | float]] = field(default_factory=dict)
 
@@ -58,6 +60,10 @@ class Profile:
             return TypeAdapter(cls).validate_python(data)
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is not the profile of a family ({first_reason(error)}); restore it") from error
+
+    def as_printed(self) -> Profile:
+        """The same, but with P3S drawn as its paper has it: injection in both halves of guidance, eq. 10's weight."""
+        return replace(self, subject_guidance=1.0, schedule="quadratic")
 
     @property
     def single(self) -> bool:

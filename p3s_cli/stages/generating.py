@@ -49,7 +49,7 @@ def generate(
     guidance: float | None = None,
     subject_guidance: float | None = None,
     scheduler: str | None = None,
-    schedule: str = "quadratic",
+    schedule: str | None = None,
     strength: float = 1.0,
     negative_prompt: str = "",
     also: Sequence[str] | None = None,
@@ -80,8 +80,9 @@ def generate(
     `control`, `lora` and `references` are P3S's alone. At `reuse` steps in a row the copy's features are the same,
     and so is what guidance subtracts; 1 makes everything at every step. `compiled` (P3S's) costs minutes once a
     process and is for GPUs. Steps, scheduler and `reuse` default to
-    `config.PACES`, with `fast` to the quicker one; a subject tuned by the preset `paper` has the copy run at every step
-    and s_i = 1, where nothing else is asked for. `metadata` puts the settings into each PNG. Raises
+    `config.PACES`, with `fast` to the quicker one; `schedule` and both strengths to the
+    family's; a subject tuned by the preset `paper` has the copy run at every step, s_i = 1 and the quadratic schedule, where
+    nothing else is asked for. `metadata` puts the settings into each PNG. Raises
     InputError before the subject is tuned, after it has changed, for a prompt without [V], and for unknown names.
     """
     report = on_progress or silent
@@ -95,7 +96,7 @@ def generate(
     asked = dict(guidance=guidance, subject_guidance=subject_guidance, strength=strength, references=references)
     asked |= dict(negative_prompt=negative_prompt, size=parse_size(size), compiled=compiled)
     paced = dict(steps=steps, scheduler=scheduler, reuse=reuse)
-    sampling = _sampling(settings.PACES[fast], paced, schedule, asked)
+    sampling = _sampling(settings.PACES[fast], paced, schedule or "quadratic", asked)
     for one in subjects:
         one.check_masks()
         one.tuned()
@@ -109,7 +110,8 @@ def generate(
     family = family or load(model or tuned.settings["base"], device, dtype, tuned.settings.get("vision"))
     for one in subjects:
         one.check_control(family.fingerprint())
-    order = Order(family, subject, joined, prompt, words, _settled(sampling, family, subject), safety_checker)
+    sampling = _settled(sampling, family, subject, schedule)
+    order = Order(family, subject, joined, prompt, words, sampling, safety_checker)
     warnings = text.check_words(family.tokenizer, words, negative_prompt, identifiers)
     seeds = tuple(range(seed, seed + n))
     output = Output(subject, _record(order), seeds, metadata)
@@ -161,12 +163,15 @@ def _check_options(method: str, sampling: settings.GenerateConfig) -> None:
         raise InputError(f"{method} has no use for {' and '.join(given)}, which only p3s heeds; leave that out")
 
 
-def _settled(sampling: settings.GenerateConfig, family: Family, subject: Subject) -> settings.GenerateConfig:
-    """With the family's strengths where none were asked for; its subject's is P3S's, whose copy it is for."""
-    own = family.profile.subject_guidance if subject.method == "p3s" and not subject.as_printed else 1.0
-    asked = sampling.guidance, sampling.subject_guidance
-    chosen = (d if a is None else a for a, d in zip(asked, (family.profile.guidance, own), strict=True))
-    return replace(sampling, **dict(zip(("guidance", "subject_guidance"), chosen, strict=True)))
+def _settled(
+    sampling: settings.GenerateConfig, family: Family, subject: Subject, schedule: str | None
+) -> settings.GenerateConfig:
+    """With the family's strengths and schedule where none were asked for; the subject's are P3S's, whose copy they are for."""
+    ours = subject.method == "p3s" and not subject.as_printed
+    own = family.profile if ours else family.profile.as_printed()
+    config = settings.with_schedule(sampling, schedule or own.schedule)
+    names = ("guidance", "subject_guidance")
+    return replace(config, **{n: getattr(own, n) for n in names if getattr(config, n) is None})
 
 
 def _record(order: Order) -> dict[str, Any]:

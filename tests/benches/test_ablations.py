@@ -27,14 +27,14 @@ from p3s_cli.world.scenes import PHOTO_SIZE, lookalike_scene
 @pytest.mark.parametrize("family", ["world", "sd15"])
 def test_no_two_rows_are_the_same_thing_under_two_names(family):
     profile = find(family)
-    rows = ablations(profile.guidance, profile.subject_guidance)
-    default = {"subject_guidance": profile.subject_guidance, "schedule": "quadratic", "references": 1}
+    rows = ablations(profile)
+    default = {"subject_guidance": profile.subject_guidance, "schedule": profile.schedule, "references": 1}
     what = [(e.control or ControlConfig(), {**default, **e.sampling}, e.references) for e in rows]
     assert len({e.name for e in rows}) == len({repr(w) for w in what}) == len(rows) and rows[0] == Entry("p3s")
 
 
 def test_rows_share_a_tuned_subject_exactly_where_they_differ_in_sampling_only():
-    rows = {e.name: e for e in ablations(4.0, 2.0)}
+    rows = {e.name: e for e in ablations(find("world"))}
     assert rows["weight fixed"].tuning == rows["p3s"].tuning == Entry("p3s").at_strength(0.5).tuning
     assert rows["three references"].tuning == rows["three references, all shown"].tuning
     tuned = [(e.control, e.references) for e in rows.values()]
@@ -58,7 +58,7 @@ def case(tmp_path_factory, tiny_family):
 @pytest.fixture(scope="module")
 def shown(case):
     """name -> the opened subject of each way in which the ablations show references."""
-    ways = {e.references.name: e.references for e in ablations(4.0, 2.0)}
+    ways = {e.references.name: e.references for e in ablations(find("world"))}
     return {name: Subject.open(case[0].shown(references)) for name, references in ways.items()}
 
 
@@ -91,7 +91,7 @@ def test_three_references_show_the_same_two_in_other_places(case, shown):
     assert torch.equal(photos[0].pixels, read_photos(shown[""])[0].pixels)
 
 
-ROWS = [e for e in ablations(4.0, 2.0) if e.control is not None]
+ROWS = [e for e in ablations(find("world")) if e.control is not None]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("name", ["weight learned", "without RNGR", "paper preset"])
 def test_a_row_is_tuned_as_it_says(name, case, tiny_family, tmp_path):
-    entry = next(e for e in ablations(4.0, 2.0) if e.name == name)
+    entry = next(e for e in ablations(find("world")) if e.name == name)
     made = tuned(case, tiny_family, tmp_path / "dog", entry.control)
     recorded = Subject.open(made).manifest.finetune.settings["config"]["control"]
     assert recorded == json.loads(json.dumps(entry.control.__dict__))

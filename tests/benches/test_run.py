@@ -20,6 +20,7 @@ from p3s_cli.lock import writing
 from p3s_cli.methods.pace import Pace
 from p3s_cli.sd import images
 from p3s_cli.sd.family import load
+from p3s_cli.sd.profile import find
 from p3s_cli.stages.tuning import finetune
 from p3s_cli.subject import Subject
 
@@ -204,7 +205,7 @@ def test_names_that_nobody_has_are_refused(subject):
     with pytest.raises(InputError, match="dreambooth"):
         rivals(["dreamboth"], ["p3s", "dreambooth"], ("published",))
     with pytest.raises(InputError, match="without RNGR"):
-        choose(ablations(4.0, 2.0), ["without everything"], lambda e: e.name)
+        choose(ablations(find("world")), ["without everything"], lambda e: e.name)
     with pytest.raises(InputError, match=r"\[V\]"):
         benches.evaluate_subject(subject, prompts=["a dog"], device="cpu")
     with pytest.raises(InputError, match="world or dreambench"):
