@@ -78,7 +78,7 @@ def read_png_metadata(folder: Path, content: bytes) -> None:
 def parse_prompts(folder: Path, content: str) -> None:
     tokenizer = _tokenizer()
     words = text.identify(content, "sks")
-    text.check_identifier_survives(tokenizer, words, "sks")
+    text.check_subjects_survive(tokenizer, content, "sks")
     text.lost_words(tokenizer, words)
     ids = tokenizer(words, truncation=True, max_length=77).input_ids
     assert set(tokenizer("sks").input_ids[1:-1]) <= set(ids)  # the subject is in what the encoder reads

@@ -217,9 +217,10 @@ def _checked(
         raise InputError('P3SPipeline needs a prompt with [V] in it, such as "a [V] dog on the beach"')
     names = [s.manifest.identifier for s in subjects]
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    words = [text.identify(p, *names) for p in prompts]
+    for one in prompts:
+        text.identify(one, *names)
     unwanted = negative if isinstance(negative, list) else [negative or ""]
-    for one, against in itertools.zip_longest(words, unwanted, fillvalue=""):
+    for one, against in itertools.zip_longest(prompts, unwanted, fillvalue=""):
         for warning in text.check_words(family.tokenizer, one, against, names if one else ()):
             warnings.warn(warning, stacklevel=3)
     return prompts

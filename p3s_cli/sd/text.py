@@ -14,7 +14,8 @@ from p3s_cli.errors import InputError
 PLACEHOLDER = "[V]"
 _LONGEST = 2_000  # characters
 _PLACE = re.compile(r"\[V(\d*)\]")
-_GLUED = re.compile(r"\w\[V\d*\]|\[V\d*\]\w")
+# to another word or subject, or behind an apostrophe: CLIP's tokenizer takes the 's off 'sks
+_GLUED = re.compile(r"[\w'\]]\[V\d*\]|\[V\d*\]\w")
 
 
 def fill(prompt: str, *identifiers: str) -> str:
@@ -76,23 +77,27 @@ def lost_words(tokenizer: CLIPTokenizer, prompt: str) -> str:
     return tokenizer.decode(ids[tokenizer.model_max_length - 2 :]).strip()
 
 
-def check_identifier_survives(tokenizer: CLIPTokenizer, prompt: str, identifier: str) -> None:
-    """Raises InputError if the identifier is cut off with the tail of a prompt that is too long."""
-    ids = tokenizer(prompt.rsplit(identifier, 1)[0] + identifier, truncation=False, verbose=False).input_ids
-    if len(ids) > tokenizer.model_max_length:
-        raise InputError(
-            f"[V] lies beyond the {tokenizer.model_max_length} tokens the text encoder reads; move it towards the beginning of the prompt"
-        )
+def check_subjects_survive(tokenizer: CLIPTokenizer, prompt: str, *identifiers: str) -> None:
+    """Raises InputError if a subject's place is cut off with the tail of a prompt that is too long."""
+    for place in _PLACE.finditer(prompt):
+        if _tokens(tokenizer, fill(prompt[: place.end()], *identifiers)) > tokenizer.model_max_length - 2:
+            raise InputError(
+                f"{place[0]} lies beyond the {tokenizer.model_max_length} tokens the text encoder reads; move it towards the beginning of the prompt"
+            )
 
 
-def check_words(tokenizer: CLIPTokenizer, words: str, negative: str, identifiers: Sequence[str]) -> list[str]:
-    """Warnings for what of the prompts the text encoder will not see; InputError if a subject is in it."""
+def _tokens(tokenizer: CLIPTokenizer, words: str) -> int:
+    """How many there are, without begin and end."""
+    return len(tokenizer(words, truncation=False, verbose=False).input_ids) - 2
+
+
+def check_words(tokenizer: CLIPTokenizer, prompt: str, negative: str, identifiers: Sequence[str]) -> list[str]:
+    """Warnings for what of the prompts (with [V] in the first) the text encoder will not see; InputError if a subject is in it."""
     check_text("negative prompt", negative)
     if place := _PLACE.search(negative):
         raise InputError(f"the negative prompt says {place[0]}, and no subject can stand there; leave that out")
-    for identifier in identifiers:
-        check_identifier_survives(tokenizer, words, identifier)
-    lost = {"prompt": lost_words(tokenizer, words), "negative prompt": lost_words(tokenizer, negative)}
+    check_subjects_survive(tokenizer, prompt, *identifiers)
+    lost = {"prompt": lost_words(tokenizer, fill(prompt, *identifiers)), "negative prompt": lost_words(tokenizer, negative)}
     return [f'the {which} is too long; the text encoder does not see "{tail}"' for which, tail in lost.items() if tail]
 
 
@@ -115,15 +120,11 @@ def positions(tokenizer: CLIPTokenizer, prompts: Sequence[str], identifiers: Seq
 
     Counted from its places in the prompt, for two subjects may share an identifier, and a class word, too.
     """
-
-    def length(words: str) -> int:
-        return len(tokenizer(words, verbose=False).input_ids) - 2  # without begin and end
-
     last = tokenizer.model_max_length - 1  # the end's own place
     where = torch.zeros(len(prompts), last + 1, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         for place in _PLACE.finditer(prompt):
             if _subject(place) == which:
-                first = 1 + length(fill(prompt[: place.start()], *identifiers))
-                where[row, first : min(first + length(identifiers[which]), last)] = True
+                first = 1 + _tokens(tokenizer, fill(prompt[: place.start()], *identifiers))
+                where[row, first : min(first + _tokens(tokenizer, identifiers[which]), last)] = True
     return where

@@ -112,7 +112,7 @@ def generate(
         one.check_control(family.fingerprint())
     sampling = _settled(sampling, family, subject, schedule)
     order = Order(family, subject, joined, prompt, words, sampling, safety_checker)
-    warnings = text.check_words(family.tokenizer, words, negative_prompt, identifiers)
+    warnings = text.check_words(family.tokenizer, prompt, negative_prompt, identifiers)
     seeds = tuple(range(seed, seed + n))
     output = Output(subject, _record(order), seeds, metadata)
     missing = [s for s in seeds if force or not output.made(s)]

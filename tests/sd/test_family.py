@@ -219,8 +219,8 @@ def test_text_longer_than_the_encoder_reads_is_reported(world):
     assert text.lost_words(world.tokenizer, long).endswith("beach")
     assert text.lost_words(world.tokenizer, "a sks dog on the beach") == ""
     with pytest.raises(InputError, match="lies beyond"):
-        text.check_identifier_survives(world.tokenizer, "striped " * 90 + "sks dog", "sks")
-    text.check_identifier_survives(world.tokenizer, long, "sks")
+        text.check_subjects_survive(world.tokenizer, "striped " * 90 + "[V] dog", "sks")
+    text.check_subjects_survive(world.tokenizer, "a [V] dog " + "striped " * 90, "sks")
     assert text.identify("a [V] dog", "sks") == "a sks dog"
     with pytest.raises(InputError, match=r"no \[V\]"):
         text.identify("a dog", "sks")

@@ -8,7 +8,7 @@ from p3s_cli.sd import text
 
 def fits(tokenizer, prompt):
     words = text.identify(prompt, "sks")
-    text.check_identifier_survives(tokenizer, words, "sks")
+    text.check_subjects_survive(tokenizer, prompt, "sks")
     return words, text.lost_words(tokenizer, words)
 
 
@@ -39,11 +39,18 @@ def test_a_prompt_without_the_subject_is_refused(prompt):
         text.identify(prompt, "sks")
 
 
-@pytest.mark.parametrize("prompt", ["a [V]dog", "two [V]s", "a super[V] dog", "a [V1]dog"])
+def test_a_long_tail_that_happens_to_spell_the_identifier_is_only_warned_of(world):
+    prompt = "a [V] dog " + "very " * 80 + "on two desks"
+    assert text.check_words(world.tokenizer, prompt, "", ["sks"])[0].endswith('on two desks"')
+
+
+@pytest.mark.parametrize("prompt", ["a [V]dog", "two [V]s", "a super[V] dog", "a [V1]dog", "a sign: '[V] dog'"])
 def test_a_subject_glued_to_another_word_is_refused(prompt):
-    """`sksdog` is another word, at which nothing was learnt; punctuation is none."""
+    """`sksdog` is another word, at which nothing was learnt, and so are `'s ks` and `skssks`; other punctuation is none."""
     with pytest.raises(InputError, match="word of its own"):
         text.identify(prompt, "sks")
+    with pytest.raises(InputError, match="word of its own"):
+        text.identify("[V1][V2] dogs", "sks", "sks")
     assert text.identify("the [V]'s hat, a ([V]) dog: [V]!", "sks") == "the sks's hat, a (sks) dog: sks!"
 
 
@@ -54,4 +61,4 @@ def test_text_that_is_no_unicode_is_refused():
 
 def test_a_subject_has_no_place_in_the_negative_prompt(world):
     with pytest.raises(InputError, match=r"the negative prompt says \[V\]"):
-        text.check_words(world.tokenizer, "a sks dog", "a [V] dog", ["sks"])
+        text.check_words(world.tokenizer, "a [V] dog", "a [V] dog", ["sks"])
