@@ -117,6 +117,30 @@ def test_what_cannot_join_is_named_before_anything_is_loaded(options, words, tmp
         Composition.read(**({"also": None, "control": None, "lora": None} | options))
 
 
+def test_what_lies_in_the_folder_of_a_lora_or_a_controlnet_is_part_of_the_record(tmp_path):
+    """So an image is made again where its scale or its weights have changed, whatever the folder is called."""
+    tensors = {"a": torch.zeros(2, 2)}
+    net, lora = tmp_path / "net", tmp_path / "style"
+    for folder, weights, settings in (
+        (net, "diffusion_pytorch_model.safetensors", "config.json"),
+        (lora, "adapter_model.safetensors", "adapter_config.json"),
+    ):
+        folder.mkdir()
+        save_file(tensors, folder / weights)
+        (folder / settings).write_text(json.dumps({"lora_alpha": 4}))
+    Image.new("RGB", (16, 16)).save(tmp_path / "edges.png")
+
+    def record():
+        return Composition.read(None, [f"{net}={tmp_path / 'edges.png'}"], [str(lora)]).record()
+
+    first = record()
+    assert record() == first
+    (lora / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8}))
+    save_file({"a": torch.ones(2, 2)}, net / "diffusion_pytorch_model.safetensors")
+    second = record()
+    assert first["loras"] != second["loras"] and first["guides"] != second["guides"]
+
+
 def test_places_in_the_prompt_and_subjects_must_agree():
     assert text.identify("a [V1] dog", "sks") == text.identify("a [V] dog", "sks") == "a sks dog"
     assert text.identify("a [V2] dog, a [V1] cat", "sks", "zwx") == "a zwx dog, a sks cat"

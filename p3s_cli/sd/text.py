@@ -97,7 +97,10 @@ def check_words(tokenizer: CLIPTokenizer, prompt: str, negative: str, identifier
     if place := _PLACE.search(negative):
         raise InputError(f"the negative prompt says {place[0]}, and no subject can stand there; leave that out")
     check_subjects_survive(tokenizer, prompt, *identifiers)
-    lost = {"prompt": lost_words(tokenizer, fill(prompt, *identifiers)), "negative prompt": lost_words(tokenizer, negative)}
+    lost = {
+        "prompt": lost_words(tokenizer, fill(prompt, *identifiers)),
+        "negative prompt": lost_words(tokenizer, negative),
+    }
     return [f'the {which} is too long; the text encoder does not see "{tail}"' for which, tail in lost.items() if tail]
 
 

@@ -210,7 +210,8 @@ class _Run:
             raise P3SError(f"{folder} is a checkpoint of another model; remove it to begin again")
         self.step, self.skipped, self.in_a_row = (int(metadata[n]) for n in ("step", "skipped", "in_a_row"))
         self.recent.extend(metadata["recent"])
-        self.scaler.load_state_dict(metadata.get("scaler", {}))
+        if "scaler" in metadata:  # not in a state that another precision left
+            self.scaler.load_state_dict(metadata["scaler"])
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"param/{name}"])
             if name in self.ema:

@@ -12,10 +12,10 @@ from typing import Any
 from p3s_cli.atomic import sha256
 from p3s_cli.errors import InputError
 from p3s_cli.lock import reading
-from p3s_cli.sd import controlnet, images
-from p3s_cli.subject import Subject
+from p3s_cli.sd import controlnet, hub, images
+from p3s_cli.subject import Subject, digest
 
-_ADAPTER = "adapter_model.safetensors"
+_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")  # as peft writes it
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Composition:
                 for s, strength in self.also
             ],
             "guides": [
-                {"net": name, "picture": images.pixel_hash(images.load_image(path)), "strength": strength}
+                {"net": name, "picture": images.pixel_hash(images.load_image(path)), "strength": strength} | _own(name)
                 for name, path, strength in self.control
             ],
             "loras": [{"name": path.stem, "sha256": _hash(path), "strength": strength} for path, strength in self.lora],
@@ -84,14 +84,24 @@ def _opened(root: Path, held: Path | None) -> Subject:
 
 
 def _hash(path: Path) -> str:
-    return sha256(path / _ADAPTER if path.is_dir() else path)
+    return digest(*(sha256(path / name) for name in _ADAPTER)) if path.is_dir() else sha256(path)
+
+
+def _own(net: str) -> dict[str, str]:
+    """What is in a ControlNet's folder; names and hub ids say it themselves."""
+    part = controlnet.part(net)
+    inside = hub.folder(part) if Path(part.source).is_dir() else None
+    if inside is None:
+        return {}
+    return {"weights": digest({file.name: sha256(file) for file in hub.loaded(inside, part)})}
 
 
 def _existing(path: Path) -> Path:
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    if path.is_dir() and not (path / _ADAPTER).is_file():
-        raise InputError(f"{path} holds no {_ADAPTER}; give a .safetensors file, or a folder that peft wrote")
+    missing = [name for name in _ADAPTER if path.is_dir() and not (path / name).is_file()]
+    if missing:
+        raise InputError(f"{path} holds no {missing[0]}; give a .safetensors file, or a folder that peft wrote")
     return path
 
 

@@ -91,6 +91,14 @@ def test_scaling_for_half_precision_changes_no_bit_where_nothing_would_be_lost(t
     assert torch.equal(plain, pieces["w"])
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_goes_on_in_another_precision_than_it_began_in(tmp_path, first):
+    recipe = Recipe(steps=6, lr=0.1)
+    whole, checkpoint = train(*problem()[:2], recipe)["w"], Checkpoint(tmp_path / "run")
+    train(*problem()[:2], replace(recipe, half=first), checkpoint=checkpoint, until=3)
+    assert torch.equal(train(*problem()[:2], replace(recipe, half=not first), checkpoint=checkpoint)["w"], whole)
+
+
 def test_gradients_too_small_for_half_precision_are_not_lost():
     """2^-26 is a quarter of fp16's smallest number, 2^-24, and rounds to nothing; 2^16 times it does not.
 
