@@ -176,17 +176,17 @@ class Subject:
 
     def check_control(self, base_fingerprint: str) -> None:
         """Raises InputError unless the control on disk is whole and belongs to these masks and this base."""
-        stage, command = self.tuned(), self._finetune_command
+        stage, again = self.tuned(), self._finetune_again
         theirs = stage.settings["base_fingerprint"]
         if theirs != base_fingerprint:
             raise InputError(
                 f"the control of {self.root} belongs to another base model ({theirs[:12]}, not "
-                f"{base_fingerprint[:12]}); name that model with --model, or run: {command}"
+                f"{base_fingerprint[:12]}); name that model with --model, or run: {self._finetune_command}"
             )
         if stage.inputs != self.finetune_inputs(base_fingerprint):
-            raise InputError(f"{self.root} has changed since it was tuned (points, masks or words); run: {command}")
+            raise InputError(f"{self.root} has changed since it was tuned (points, masks or words); run: {again}")
         if not self.intact(stage, CONTROL):
-            raise InputError(f"the control of {self.root} is missing or damaged; run: {command} --force")
+            raise InputError(f"the control of {self.root} is missing or damaged; run: {again} --force")
 
     @property
     def method(self) -> str:
@@ -210,6 +210,17 @@ class Subject:
         if stage and stage.seed:
             options += ["--seed", str(stage.seed)]
         return " ".join(["p3s", "finetune", shlex.quote(str(self.root)), *options])
+
+    @property
+    def _finetune_again(self) -> str:
+        """The command that tunes as it was tuned, on that base, for as long and as fast."""
+        made = self.tuned().settings
+        config = made["config"] if isinstance(made.get("config"), dict) else {}
+        options = {"model": made.get("base"), "vision": made.get("vision")}
+        options |= {name: config.get(name) for name in ("steps", "lr")}
+        usual = {"model": self.manifest.model, "vision": "clip"}
+        given = [f"--{n} {shlex.quote(str(v))}" for n, v in options.items() if v and v != usual.get(n)]
+        return " ".join([self._finetune_command, *given])
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -12,6 +12,7 @@ from p3s_cli.sd import images
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.stages.clicks import read_clicks, resolve_box
 from p3s_cli.stages.reference import Clicks
+from p3s_cli.subject import Subject
 
 
 def write(path, data):
@@ -85,6 +86,19 @@ def test_many_photos_in_one_call(pair, world, tmp_path, monkeypatch):
     assert [r.reference for r in together] == ["references/00", "references/01"]
     with pytest.raises(InputError, match="--points"):
         stages.mask_many(["a.png", "b.png"], family=world)
+    again = stages.mask_many(
+        ["a.png", "b.png"], clicks, output="both"
+    )  # on the subject's own base, whatever the default
+    assert all(r.unchanged for r in again) and Subject.open(tmp_path / "both").manifest.model == "world"
+
+
+def test_two_photos_never_become_one_subject_or_get_each_others_clicks(pair, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clicks = write(tmp_path / "c.json", {"a.png": {"positive": [[1, 1]]}, "a.webp": {"positive": [[9, 9]]}})
+    with pytest.raises(InputError, match="two of the photos would be the subject a"):
+        stages.mask_many(["a.png", "a.webp"], clicks, family=world)
+    with pytest.raises(InputError, match="two photos are called a.png"):
+        stages.mask_many(["x/a.png", "y/a.png"], clicks, output="both", family=world)
 
 
 def test_grid_keeps_the_photo_and_labels_its_pixels(tmp_path, pair):

@@ -86,6 +86,14 @@ def test_without_metadata_a_png_says_nothing_and_is_still_known(two, world):
     assert not make(two, world, "a [V] cat", seed=5).unchanged  # and so they come back
 
 
+def test_fewer_images_of_a_prompt_leave_the_record_of_the_others(two, world):
+    four = make(two, world, "a [V] cat", seed=40, n=4, metadata=False)
+    make(two, world, "a [V] cat", seed=40, n=2, metadata=False)  # the same images in another grid
+    recorded = {n for stage in Subject.open(two / "a").manifest.generated for n in stage.artifacts}
+    assert {str(p.relative_to(two / "a")) for p in (*four.images, four.grid)} <= recorded
+    assert make(two, world, "a [V] cat", seed=40, n=4, metadata=False).unchanged  # and so they are known
+
+
 def test_nothing_of_a_photo_but_its_pixels_is_copied(two, world, tmp_path, pair):
     exif = Image.Exif()
     exif[0x010F] = "MARKER-make"

@@ -194,7 +194,7 @@ def test_paper_preset_runs_the_literal_equations(masked, photo, pair, world):
     assert (asked["sampling"]["reuse"], asked["sampling"]["subject_guidance"]) == (2, 1.5)
     moved = f"{left[0] + 1},{left[1]}"  # which makes the control stale: the sentence says how it was made
     stages.mask(photo, [moved], [right], masked.subject, preset="paper", family=world)
-    with pytest.raises(InputError, match=r"run: p3s finetune \S+ --preset paper$"):
+    with pytest.raises(InputError, match=r"run: p3s finetune \S+ --preset paper --steps 2 --lr 0.001$"):
         generate(masked.subject, world)
     assert "--preset paper -o" in mask_command(photo, Subject.open(masked.subject).manifest.references[0], photo)
 

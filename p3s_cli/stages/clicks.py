@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,7 +30,7 @@ def read_clicks(path: Path, photos: Sequence[Path]) -> list[PhotoClicks]:
         {"positive": [[120, 88]], "negative": [[300, 90]]}
         {"a.jpg": {"positive": [[120, 88]]}, "b.jpg": {"box": [40, 60, 210, 300], "class": "dog"}}
 
-    Raises InputError if the file is neither, or says nothing of one of the photos.
+    Raises InputError if the file is neither, or says nothing of one of the photos, or two have one name.
     """
     try:
         data = json.loads(read_text(path))
@@ -39,6 +40,8 @@ def read_clicks(path: Path, photos: Sequence[Path]) -> list[PhotoClicks]:
         raise InputError(f"{path} is not JSON that can be read ({error})") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no JSON object; write points by file name, or those of the one photo")
+    if again := twice(photo.name for photo in photos):
+        raise InputError(f"two photos are called {again}, by which {path} knows them; rename one")
     single = len(photos) == 1 and photos[0].name not in data
     found = []
     for photo in photos:
@@ -52,6 +55,11 @@ def read_clicks(path: Path, photos: Sequence[Path]) -> list[PhotoClicks]:
             where = ".".join(map(str, first["loc"]))
             raise InputError(f"{path}: {photo.name}: {where}: {first['msg']}") from error
     return found
+
+
+def twice(names: Iterable[str]) -> str | None:
+    """The first name that comes a second time."""
+    return next((name for name, times in Counter(names).items() if times > 1), None)
 
 
 def parse_point(text: str) -> tuple[str, float, float]:

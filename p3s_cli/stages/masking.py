@@ -18,7 +18,7 @@ from p3s_cli.sd import images, text
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
 from p3s_cli.stages import reference as work
-from p3s_cli.stages.clicks import read_clicks
+from p3s_cli.stages.clicks import read_clicks, twice
 from p3s_cli.stages.progress import Progress, silent
 from p3s_cli.subject import Manifest, Reference, Stage, Subject, digest
 
@@ -176,6 +176,9 @@ def _result(subject: Subject, reference: Reference, unchanged: bool) -> MaskResu
     )
 
 
+_LOADING = ("model", "device", "dtype", "inpainter")
+
+
 def mask_many(
     photos: Sequence[Path | str],
     points: Path | str | None = None,
@@ -186,7 +189,8 @@ def mask_many(
     """`mask` for many photos with the clicks of a points file (`clicks.read_clicks`), the models loaded once.
 
     Without `output` each photo becomes a subject of its own; with it, all are references of one. Other
-    options are those of `mask`. Raises InputError for several photos without a points file.
+    options are those of `mask`. Raises InputError for several photos without a points file, and for two that
+    would be one subject.
     """
     photos = [Path(p) for p in photos]
     if points is None:
@@ -194,18 +198,22 @@ def mask_many(
     if options.get("positive") or options.get("negative") or options.get("box"):
         raise InputError("points are given both in --points and on the command line; choose one")
     clicks = read_clicks(Path(points), photos)
+    if output is None and (stem := twice(p.stem for p in photos)):
+        raise InputError(f"two of the photos would be the subject {stem}; mask one of them by itself, with -o")
     word = options.pop("class_word", None)
     for name in ("positive", "negative", "box"):
         options.pop(name, None)
-    if options.get("family") is None:
-        names = {n: options.pop(n) for n in ("model", "device", "dtype", "inpainter") if n in options}
-        options["family"] = load(**names)
+    family, names = options.pop("family", None), {n: options.pop(n) for n in _LOADING if n in options}
+    loaded: dict[str, Family] = {}
     results = []
     for photo, click in zip(photos, clicks, strict=True):
+        root = Path(output or photo.stem)
+        base = Subject.open(root).manifest.model if Subject.exists(root) else names.get("model", "sd15")
+        if family is None and base not in loaded:
+            loaded[base] = load(**names | {"model": base})
         given = {"positive": click.positive, "negative": click.negative, "box": click.box}
-        results.append(
-            mask(photo, output=output, class_word=word or click.class_word, on_progress=on_progress, **given, **options)
-        )
+        given |= {"class_word": word or click.class_word, "family": family or loaded[base]}
+        results.append(mask(photo, output=root, on_progress=on_progress, **given, **options))
     return results
 
 

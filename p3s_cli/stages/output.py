@@ -49,10 +49,13 @@ class Output:
         sheet = pictures.sheet([(heading, tiles)], self.record["prompt"])
         names, grid = [self._name(p) for p in self.paths.values()], self._name(self.grid)
         inputs, seed = digest(self.record), self.seeds[0]
-        result = {"safety": dict(zip(names, self.safety(), strict=True))}
+        before = next((s for s in self._stages() if s.seed == seed), None)  # of more images, perhaps, or fewer
+        kept = {n: sha for n, sha in before.artifacts.items() if self.subject.path(n).is_file()} if before else {}
+        told = before.result.get("safety", {}) if before else {}
+        result = {"safety": {n: v for n, v in told.items() if n in kept} | dict(zip(names, self.safety(), strict=True))}
         with self.subject.changing() as folder:
             images.save_png(folder / grid, sheet)
-            artifacts = hashes(self.subject.root, *names) | hashes(folder, grid)
+            artifacts = kept | hashes(self.subject.root, *names) | hashes(folder, grid)
             stage = Stage(inputs=inputs, settings=self.record, seed=seed, artifacts=artifacts, result=result)
             others = [g for g in self.subject.manifest.generated if g.inputs != inputs or g.seed != seed]
             self.subject.manifest.generated = [*others, stage]
