@@ -194,6 +194,9 @@ class P3SPipeline(StableDiffusionPipeline):
         for i, subject in enumerate(subjects):
             left_out = shutil.ignore_patterns("outputs", ".*")
             shutil.copytree(subject.root, folder / _SUBJECTS / f"{i:02d}", ignore=left_out, dirs_exist_ok=True)
+        for other in (folder / _SUBJECTS).glob("[0-9][0-9]"):  # of another pipeline that was saved here before
+            if int(other.name) >= len(subjects):
+                shutil.rmtree(other)
 
     def _family(self) -> Family:
         """The family as it is now: `to`, and components that were replaced, included."""

@@ -236,7 +236,7 @@ def read_manifest(path: Path) -> Manifest:
     schema = data.get("schema_version") if isinstance(data, dict) else None
     if type(schema) is int and schema != SCHEMA:
         raise InputError(
-            f"{path} is not a manifest this version reads: its schema is {schema:.6g}, ours {SCHEMA}; use the p3s that wrote it"
+            f"{path} is not a manifest this version reads: its schema is {schema!s:.20}, ours {SCHEMA}; use the p3s that wrote it"
         )
     try:
         return Manifest.model_validate(data)

@@ -129,7 +129,7 @@ def test_models_kept_off_the_device_draw_the_same_image_twice(pipe):
     assert all(torch.equal(drawn(pipe, "a [V] pet", latents=noise), before) for _ in range(2))
 
 
-def test_two_subjects_each_with_its_own_strength_and_place(pipe, tuned):
+def test_two_subjects_each_with_its_own_strength_and_place(pipe, tuned, tmp_path):
     noise = initial_noise([3], (4, 16, 16))[0]
     pair = P3SPipeline.from_pretrained("world", subject=[tuned, tuned])
     pair.set_progress_bar_config(disable=True)
@@ -140,6 +140,9 @@ def test_two_subjects_each_with_its_own_strength_and_place(pipe, tuned):
     assert torch.equal(first, left) and torch.equal(second, right) and not torch.equal(both, left)
     with pytest.raises(InputError, match="has 1 numbers for 2 subjects"):
         drawn(pair, prompt, subject_strength=[0.5])
+    for saved, subjects in ((pair, ["00", "01"]), (pipe, ["00"])):  # over one another: what is there is what was saved
+        saved.save_pretrained(tmp_path)
+        assert [p.name for p in sorted((tmp_path / "subjects").iterdir())] == subjects
 
 
 def test_what_would_have_no_effect_is_refused_and_what_is_cut_off_is_said(pipe, tuned):

@@ -140,6 +140,8 @@ HOSTILE = {
     "no rank": (lambda t, d: d.update(rank="many"), "rank"),
     "no base": (lambda t, d: d["finetune"].pop("base"), "names no base"),
     "no settings": (lambda t, d: d["finetune"].update(config={}), "settings of the control cannot be read"),
+    "no settings at all": (lambda t, d: d["finetune"].pop("config"), "settings of the control cannot be read"),
+    "a CLIP pair without a name": (lambda t, d: d["finetune"].update(vision=5), "names no CLIP pair"),
     "no references": (lambda t, d: d.update(references=[]), "references"),
     "a reference elsewhere": (lambda t, d: d["references"][0].update(folder="../../x"), "folder"),
     "a reference of another size": (lambda t, d: d["references"][0].update(width=65), "RGB of 64 x 64|L of 64 x 64"),

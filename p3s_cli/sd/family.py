@@ -31,6 +31,7 @@ from p3s_cli.sd.profile import CLASSICAL, Profile
 from p3s_cli.sd.vision import ClipPair, VisionTower
 from p3s_cli.sd.vocabulary import clip_tokenizer, read_tokenizer
 
+_VIT = ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
 _ENCODERS = ("text_encoder", "vae", "vision")
 TOWERS = {"dinov2": "facebook/dinov2-small@ed25f3a31f01632728cabb09d1542f84ab7b0056"}
 
@@ -109,7 +110,10 @@ class Family:
         part = tower(name)
         fetch = f"p3s fetch {self.source} --vision {name}"
         model = hub.load(AutoModel, part, fetch, trust_remote_code=False)
-        return VisionTower(self._frozen(getattr(model, "vision_model", model)), *_statistics(part))
+        tower_model = getattr(model, "vision_model", model)
+        if not all(hasattr(tower_model.config, field) for field in _VIT):
+            raise InputError(f"{part.source} holds a {model.config.model_type}, not a ViT; name one, or a CLIP pair")
+        return VisionTower(self._frozen(tower_model), *_statistics(part))
 
     @cached_property
     def inpaint_unet(self) -> UNet2DConditionModel | None:

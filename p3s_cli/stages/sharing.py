@@ -182,6 +182,8 @@ def _described(file: Path) -> _Exported:
         described = _Exported.model_validate(metadata)
         if not all(isinstance(described.finetune.get(name), str) for name in ("base", "base_fingerprint")):
             raise ValueError("it names no base")
+        if not isinstance(described.finetune.get("vision", ""), str):
+            raise ValueError("it names no CLIP pair")
         return described
     except ValueError as error:
         raise InputError(
@@ -205,7 +207,7 @@ def _shapes(tuned: dict, family: Family) -> dict[str, torch.Size]:
     frozen, width = family.unet, family.vision.width  # loaded before, as nothing can be loaded onto no device
     with torch.device("meta"):
         unet = type(frozen).from_config(frozen.config)
-        control = P3SControl(unet, width, settings.read_control(tuned["config"]))
+        control = P3SControl(unet, width, settings.read_control(tuned.get("config")))
     return {name: parameter.shape for name, parameter in control.named_parameters()}
 
 

@@ -210,6 +210,8 @@ def test_masks_can_be_read_from_any_vit_folder(world, tmp_path):
     with pytest.raises(InputError, match="no vision tower is called 'sam'"):
         world.mask_tower("sam")
     assert world.mask_tower("clip") is world.vision
+    with pytest.raises(InputError, match="holds a resnet, not a ViT"):
+        world.mask_tower(str(world.folder / "readers/identity"))
 
 
 def test_text_longer_than_the_encoder_reads_is_reported(world):
