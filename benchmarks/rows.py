@@ -18,6 +18,7 @@ import json
 import lzma
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from p3s_cli.benches.ending import BASE, numbers
 from p3s_cli.benches.entries import BUDGETS, Entry, rivals
 from p3s_cli.benches.ledger import Ledger
 from p3s_cli.benches.run import Outcome, gather
+from p3s_cli.errors import InputError
 from p3s_cli.evals import plot, protocols, report
 from p3s_cli.evals.protocols import Protocol
 from p3s_cli.evals.scores import Mean, Row, Rows, differences
@@ -36,14 +38,25 @@ Means = Mapping[str, Mapping[str, Mean]]
 
 
 def read(paths: Sequence[Path]) -> list[Row]:
-    """All rows of these files, each once; `.xz` is unpacked first."""
+    """All rows of these files, each once; `.xz` is unpacked first.
+
+    Raises InputError where two are of one image under one name: drawn by other settings, of which none can be told.
+    """
     with tempfile.TemporaryDirectory() as folder:
         plain = []
         for number, path in enumerate(paths):
             plain.append(path if path.suffix != ".xz" else Path(folder) / f"{number}.jsonl")
             if path.suffix == ".xz":
                 plain[-1].write_bytes(lzma.decompress(path.read_bytes()))
-        return list(Rows(Path(folder) / "rows.jsonl", plain))
+        rows = list(Rows(Path(folder) / "rows.jsonl", plain))
+    same = Counter((r.method, r.subject, r.prompt, r.seed, r.metric, r.protocol) for r in rows)
+    what, times = same.most_common(1)[0] if same else ((), 0)
+    if times > 1:
+        raise InputError(
+            f"there are {times} rows of {what[0]}, {what[1]}, {what[2]!r}, seed {what[3]}, {what[4]}; "
+            "leave out those of other settings, or give them another name"
+        )
+    return rows
 
 
 def keep(rows: Sequence[Row], path: Path) -> None:

@@ -19,7 +19,7 @@ from p3s_cli.config import FinetuneConfig, GenerateConfig
 from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
 from p3s_cli.methods.denoising import Denoising, Part, noise_of, trainable, training_copy, tuned_copy
 from p3s_cli.methods.photos import read_originals
-from p3s_cli.methods.prior import prior
+from p3s_cli.methods.prior import class_images
 from p3s_cli.methods.views import base_view, look
 from p3s_cli.methods.words import NewWord
 from p3s_cli.sd import images
@@ -65,6 +65,22 @@ class Masked:
         return Part(self.latents[chosen], states, inside, inside.mean().item())
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Draws class images (K, 4, h, w) under their own prompt, as the text encoder that is being tuned reads it by then."""
+
+    latents: Tensor
+    word: NewWord
+    prompt: str
+    batch: int
+    weight: float
+
+    def __call__(self, generator: torch.Generator) -> Part:
+        chosen = torch.randint(len(self.latents), (self.batch,), generator=generator)
+        states = self.word.encode([self.prompt]).expand(self.batch, -1, -1)
+        return Part(self.latents[chosen], states, None, self.weight)
+
+
 class BreakAScene:
     """Contract: `p3s_cli.methods.base.Method`."""
 
@@ -79,7 +95,8 @@ class BreakAScene:
         family, subject, seed = lesson.family, lesson.subject, lesson.config.seed
         r = self.recipe(family.profile, lesson.config)
         word, unet = NewWord(family, subject.manifest, instead_of_class=True), training_copy(family.unet)
-        kept = prior(family, r.class_prompt, r.class_images, r.class_steps, seed, r.batch, r.prior_weight)
+        others = class_images(family, r.class_prompt, r.class_images, r.class_steps, seed)
+        kept = Kept(others, word, r.class_prompt, r.batch, r.prior_weight)
         loss = Denoising(family, unet, [_scenes(family, subject, word, r.batch), kept])
         first, second = r.steps // 2, r.steps - r.steps // 2
         # beside the run's own checkpoint and under its name, so that it goes when that one goes

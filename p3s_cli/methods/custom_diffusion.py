@@ -122,7 +122,9 @@ class _Own:
     def __call__(self, generator: torch.Generator) -> Part:
         chosen = torch.randint(len(self.latents), (self.batch,), generator=generator)
         states = self.word.encode([self.prompts[i] for i in chosen])
-        return Part(self.latents[chosen], states, self.inside[chosen])
+        # diffusers': the error summed over channels, over each view's own area, then the mean over views
+        share = self.inside[chosen] / self.inside[chosen].sum((1, 2, 3), keepdim=True).clamp(min=1)
+        return Part(self.latents[chosen], states, share, float(self.latents.shape[1]))
 
 
 register(CustomDiffusion())

@@ -6,8 +6,11 @@ import lzma
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from p3s_cli.benches.ledger import Ledger
 from p3s_cli.benches.run import gather
+from p3s_cli.errors import InputError
 from p3s_cli.evals.protocols import protocol
 from p3s_cli.evals.scores import Row, Rows, table
 
@@ -39,6 +42,15 @@ def test_shards_joined_and_compressed_make_the_same_table_and_name_no_place(tmp_
     assert {r.file for r in rows.read([kept])} == {f"{s}/0.png" for s in (*scores, "02-duck", "03-car")}
     mean = table(again, protocol("world"))["p3s"]["identity"]
     assert (mean.value, mean.subjects, mean.images) == (0.5, 2, 2)
+
+
+def test_rows_of_one_name_that_were_drawn_by_two_settings_are_refused(tmp_path):
+    first = made(tmp_path, "00-dog", 0.5)
+    Rows(tmp_path / "a.jsonl").add([first])
+    Rows(tmp_path / "b.jsonl").add([replace(first, sha256="another picture", score=0.7)])
+    assert len(rows.read([tmp_path / "a.jsonl", tmp_path / "a.jsonl"])) == 1
+    with pytest.raises(InputError, match="2 rows of p3s, 00-dog, 'a dog', seed 0, identity"):
+        rows.read([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
 
 
 def test_names_in_rows_are_the_entries_that_drew_them():

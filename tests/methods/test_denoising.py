@@ -8,10 +8,12 @@ from rivals import bound, noise
 from p3s_cli.config import FinetuneConfig
 from p3s_cli.methods import denoising
 from p3s_cli.methods.base import Lesson
-from p3s_cli.methods.break_a_scene import Masked
+from p3s_cli.methods.break_a_scene import Kept, Masked
+from p3s_cli.methods.custom_diffusion import _Own
 from p3s_cli.methods.denoising import Bank, Denoising, Part, noise_schedule, partly_trained, training_copy
 from p3s_cli.methods.dreambooth import DreamBooth, DreamBoothRecipe
 from p3s_cli.methods.words import NewWord
+from p3s_cli.paper.losses import denoising_loss
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.train import step_generator
@@ -65,6 +67,34 @@ def test_the_masked_loss_ignores_what_is_outside_the_mask(family, subject):
     torch.randint(1, (1,), generator=g), torch.randint(1000, (1,), generator=g)
     truth = torch.randn(1, 4, 16, 16, generator=g)
     torch.testing.assert_close(first.detach(), (truth * inside).square().mean())
+
+
+def test_break_a_scene_keeps_the_text_encoder_that_it_tunes_by_class_images_as_well(family, subject):
+    """The authors send both prompts through it at every step: what it has become by then is what is held."""
+    word = NewWord(family, subject.manifest, instead_of_class=True)
+    kept = Kept(torch.zeros(2, 4, 16, 16), word, "a photo at the beach", 1, 1.0)
+    before = kept(step_generator(0, 0)).states
+    assert torch.equal(before, word.encode(["a photo at the beach"]))
+    parameter = next(p for n, p in word.text_encoder.named_parameters() if n.endswith("fc1.weight")).requires_grad_(
+        True
+    )
+    kept(step_generator(0, 0)).states.sum().backward()
+    assert parameter.grad.abs().max() > 0
+    with torch.no_grad():
+        parameter.mul_(1.1)
+    assert (kept(step_generator(0, 0)).states - before).abs().max() > 1e-3
+
+
+def test_custom_diffusion_s_own_loss_is_that_of_diffusers_example(family, subject):
+    """mean over views of sum (m error) / sum m, m one channel and the error four, however large each view is."""
+    word = NewWord(family, subject.manifest, instead_of_class=False)
+    own = _Own(family, subject, word, batch=6, seed=0)
+    part = own(step_generator(0, 0))
+    assert len({float(m.sum()) for m in (part.inside > 0).float()}) > 1  # else any way to average would do
+    predicted, noise = torch.randn(2, 6, 4, 16, 16, generator=step_generator(0, 1))
+    mask = (part.inside > 0).float()
+    theirs = (((predicted - noise).square() * mask).sum([1, 2, 3]) / mask.sum([1, 2, 3])).mean()
+    torch.testing.assert_close(part.weight * denoising_loss(predicted, noise, part.inside), theirs)
 
 
 def test_parts_without_a_mask_and_with_a_full_one_are_the_same(family):

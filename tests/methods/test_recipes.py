@@ -8,6 +8,7 @@ import torch
 from p3s_cli import methods
 from p3s_cli.config import FinetuneConfig
 from p3s_cli.errors import InputError
+from p3s_cli.methods import pace
 from p3s_cli.methods.base import settled
 from p3s_cli.methods.custom_diffusion import rescaled
 from p3s_cli.methods.dreambooth import DreamBoothRecipe
@@ -55,10 +56,28 @@ def test_class_images_depend_on_the_seed_alone(family):
 
 def test_pace_counts_set_up_apart_and_divides_a_budget(family, subject):
     assert Pace(setup=4.0, step=0.5).steps(10.0) == 12 and Pace(4.0, 0.5).steps(1.0) == 1
-    pace = measure("textual-inversion", family, subject, warmup=1, steps=2)
+    pace = measure("textual-inversion", family, subject, warmup=1, steps=1)
     assert pace.step > 0 and pace.setup >= 0
     with pytest.raises(InputError, match="does not train"):
         measure("untuned", family, subject)
+
+
+def test_the_pace_of_a_method_with_two_halves_is_that_of_both(family, subject, monkeypatch):
+    """By a clock that steps of one and of three seconds move, after ten of set-up; what warms up takes longer."""
+    now, costs = [0.0], [10 + 2, 1, 1, 1, 1, 7, 3, 3, 3, 3]
+
+    class TwoHalves:
+        def recipe(self, profile, config):
+            return config
+
+        def fit(self, lesson):
+            for step, cost in enumerate(costs[: lesson.config.steps]):
+                now[0] += cost
+                lesson.on_step(step + 1, len(costs), {})
+
+    monkeypatch.setattr(pace.methods, "get", lambda name: TwoHalves())
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    assert measure("two halves", family, subject) == Pace(setup=10.0, step=2.0)
 
 
 def test_unknown_methods_are_named_with_those_that_exist():
