@@ -24,6 +24,15 @@ class Ledger:
 
     def add(self, kind: str, name: str, seconds: float) -> None:
         self._numbers.setdefault(kind, {})[name] = round(seconds, 3)
+        self._write()
+
+    def drop(self, kind: str, name: str) -> None:
+        """What is no longer so."""
+        if name in self._numbers.get(kind, {}):
+            del self._numbers[kind][name]
+            self._write()
+
+    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary:
             temporary.write_text(json.dumps(self._numbers, indent=1))

@@ -28,7 +28,7 @@ from p3s_cli.evals.scores import Mean, Row, Rows, table
 from p3s_cli.evals.scoring import Judge, Result
 from p3s_cli.methods import pace
 from p3s_cli.sd.family import Family
-from p3s_cli.subject import CONTROL, Subject
+from p3s_cli.subject import CONTROL, Subject, digest
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Plan:
     images: int = 4
     seed: int = 0
     sampling: dict | None = None
+
+    @property
+    def pace(self) -> str:
+        """How everyone is sampled, in a word; none where it is as usual."""
+        return f"-{digest(self.sampling)[:8]}" if self.sampling else ""
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,11 @@ class Outcome:
     equal_steps: dict[str, int] = field(default_factory=dict)
 
 
-def gather(rows: Iterable[Row], entries: Sequence[Entry], ledger: Ledger, protocol: Protocol) -> Outcome:
-    """What these rows say of these entries, with the times beside it."""
-    seconds = {e.name: (ledger.mean(f"tune/{e.tuning}"), ledger.mean(f"image/{e.drawing}")) for e in entries}
+def gather(
+    rows: Iterable[Row], entries: Sequence[Entry], ledger: Ledger, protocol: Protocol, pace: str = ""
+) -> Outcome:
+    """What these rows say of these entries, with the times beside it: an image's at this `Plan.pace`."""
+    seconds = {e.name: (ledger.mean(f"tune/{e.tuning}"), ledger.mean(f"image/{e.drawing}{pace}")) for e in entries}
     steps = {e.name: ledger.mean(f"steps/{e.tuning}") for e in entries if e.budget == "equal" and e.name == e.label}
     equal = {name: int(n) for name, n in steps.items() if n is not None}
     return Outcome(table(rows, protocol), seconds, budget_of(ledger) if equal else None, equal)
@@ -109,7 +116,7 @@ class Run:
         return [row for row in self.rows if row.key in self._judged]
 
     def outcome(self, entries: Sequence[Entry]) -> Outcome:
-        return gather(self.judged, entries, self._ledger, self.judge.protocol)
+        return gather(self.judged, entries, self._ledger, self.judge.protocol, self.plan.pace)
 
     def _results(self, entry: Entry, case: Case) -> list[Result]:
         subject = self._tuned(entry, case)
@@ -127,7 +134,7 @@ class Run:
             )
             if drawn := len(set(made.images) - before):  # after a kill, fewer than were asked for
                 seconds = (time.monotonic() - started) / drawn
-                self._ledger.add(f"image/{entry.drawing}", f"{case.name}: {prompt.text}", seconds)
+                self._ledger.add(f"image/{entry.drawing}{self.plan.pace}", f"{case.name}: {prompt.text}", seconds)
             results += [
                 Result(path, sha256(path), prompt.plain, seed, prompt.labels)
                 for path, seed in zip(made.images, made.seeds, strict=True)
@@ -138,6 +145,7 @@ class Run:
         directory, source = self.work / entry.tuning / case.name, case.shown(entry.references)
         _copy_masked(source, directory)
         if entry.plain and _copy_control(source, directory, entry.method, self.family):
+            self._ledger.drop(f"tune/{entry.tuning}", case.name)  # of a tuning that is not the owner's
             return directory
         steps = entry.steps or self._equal_steps(entry, case, directory)
         _ = self.family.unet, self.family.vae, self.family.text_encoder, self.family.vision  # loading is no tuning

@@ -97,10 +97,12 @@ def test_interrupted_in_the_middle_it_comes_to_the_same_numbers(subject, tmp_pat
 
 def test_what_the_owner_tuned_is_judged_as_it_is(subject, monkeypatch):
     """Four steps at a rate of their own, which no recipe has; the other method tunes a copy."""
+    assert evaluate(subject).methods["p3s"]["seconds"] > 0
     finetune(subject, steps=4, lr=3e-4, device="cpu")
     tuned, heard = stages.finetune, []
     monkeypatch.setattr(stages, "finetune", lambda *a, **k: (heard.append(k["method"]), tuned(*a, **k))[1])
-    evaluate(subject, names=["p3s", "untuned"])
+    found = evaluate(subject, names=["p3s", "untuned"])
+    assert found.methods["p3s"]["seconds"] is None  # how long that took, nobody measured
     assert heard == ["untuned"]
     (judged,) = (subject / "eval").glob("p3s-*/*/control/control.safetensors")
     assert judged.read_bytes() == (subject / "control/control.safetensors").read_bytes()
@@ -236,3 +238,7 @@ def test_fast_is_the_pace_of_every_method(subject):
     gap = result.methods["p3s"]["identity"] - result.methods["untuned"]["identity"]  # as many images of each
     assert result.differences["untuned"]["identity"] == (pytest.approx(gap), None, None)  # one subject: no interval
     assert any(line.startswith("| p3s less |") for line in result.table)
+    evaluate(subject)
+    measured = json.loads((subject / "eval/measured.json").read_text())
+    kinds = [kind for kind in measured if kind.startswith("image/p3s-")]
+    assert len(kinds) == 2 and all(len(measured[kind]) == 2 for kind in kinds)  # two prompts at each pace, times apart
