@@ -71,14 +71,7 @@ class MetricModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The first 16 hex digits of the sha256 over all weights and their names."""
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self._model.state_dict().items()):
-            if "pooler." in key:  # a ViT's own; unread here, and random where a checkpoint has none
-                continue
-            digest.update(key.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return _fingerprint(self._model)
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -126,6 +119,10 @@ class LabelReader:
         self.where, self.preprocessing, self.device = where, preprocessing, device
         self._model = _load_model(AutoModelForImageClassification, where, device)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        return _fingerprint(self._model)
+
     @torch.no_grad()
     def logits(self, images: Sequence[Image.Image]) -> Tensor:
         """(B, labels)."""
@@ -141,6 +138,17 @@ class LabelReader:
         columns = [i for i, label in enumerate(labels) if label.startswith(f"{group}/")]
         best = self.logits(images)[:, columns].topk(top, dim=1).indices
         return [[labels[columns[i]] for i in row] for row in best.tolist()]
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """The first 16 hex digits of the sha256 over all weights and their names."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        if "pooler." in key:  # a ViT's own; unread here, and random where a checkpoint has none
+            continue
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _tensor(features) -> Tensor:

@@ -46,7 +46,12 @@ class Truth:
 
 
 class Finder(Protocol):
-    """Finds one subject in pictures: everything but it black, and its middle as fractions (x, y)."""
+    """Finds one subject in pictures: everything but it black, and its middle as fractions (x, y).
+
+    `digest`: of all that what it finds depends on.
+    """
+
+    digest: str
 
     def blackened(self, picture: Image.Image) -> Image.Image: ...
     def place(self, picture: Image.Image) -> tuple[float, float]: ...
@@ -116,7 +121,7 @@ class Judge:
     def _row(
         self, method: str, truth: Truth, result: Result, metric: Metric, reference: str, score: float = 0.0
     ) -> Row:
-        model = self.models[metric.model]
+        model, read = self.models[metric.model], metric.against == "labels"
         return Row(
             method=method,
             subject=truth.subject,
@@ -129,7 +134,7 @@ class Judge:
             protocol=self.protocol.name,
             score=score,
             model=model.name,
-            fingerprint=model.fingerprint,
+            fingerprint=(self.reader if read else model).fingerprint,
             preprocessing=str(model.preprocessing),
         )
 
@@ -140,9 +145,11 @@ class Judge:
             return truth.other_text or ""
         if metric.against == "labels":
             return "the labels the prompt asks for"
+        found = f"{truth.subject} found by {truth.finder.digest}" if truth.finder else ""
         if metric.against in ("x", "y"):
-            return f"the picture's {'width' if metric.against == 'x' else 'height'} ({truth.digest})"
+            return f"the picture's {'width' if metric.against == 'x' else 'height'}, {found}"
         count = f"{len(self._real(truth, metric.masked))} pictures of {truth.subject} ({truth.digest})"
+        count += f", {found}" if metric.masked else ""
         return count if metric.against == "real" else f"{count} against {len(truth.other)} of its look-alike"
 
     def _real(self, truth: Truth, masked: bool) -> tuple[Image.Image, ...]:

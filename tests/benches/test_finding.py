@@ -26,6 +26,8 @@ def test_everything_else_is_black_and_the_place_is_the_middle_of_what_is_left(wo
     finder = Finder(world.vision, to_tensor(photo), masks[0])
     found, cut = finder.mask(photo), to_tensor(finder.blackened(photo))
     assert cut[:, ~found].max() == 0 and (cut[:, found] == to_tensor(photo)[:, found]).all()
+    other, same = (Finder(world.vision, to_tensor(photo), masks[i]).digest for i in (1, 0))
+    assert same == finder.digest != other
     x, y = finder.place(photo)
     columns = found.nonzero()[:, 1].float()
     assert x == pytest.approx(columns.mean().item() / 128) and 0 < y < 1

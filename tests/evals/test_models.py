@@ -63,6 +63,19 @@ def test_a_fingerprint_is_of_the_weights_and_not_of_their_place(tmp_path):
     assert a == b != MetricModel(str(tmp_path / "c"), how).fingerprint
 
 
+def test_a_readers_fingerprint_is_of_what_it_reads_by_as_well(tmp_path):
+    """An encoder alone has no classifier; labels come from it."""
+    reader, how = build_label_reader(), protocol("world").models["labels"][1]
+    prints = []
+    for shift in (0.0, 1.0):
+        with torch.no_grad():
+            reader.classifier[-1].bias.add_(shift)
+        reader.save_pretrained(tmp_path / str(shift))
+        where = str(tmp_path / str(shift))
+        prints.append((MetricModel(where, how).fingerprint, LabelReader(where, how).fingerprint))
+    assert prints[0][0] == prints[1][0] and prints[0][1] != prints[1][1]
+
+
 def test_a_reader_answers_each_group_by_its_own_largest_logit(tmp_path):
     torch.manual_seed(0)
     build_label_reader().save_pretrained(tmp_path / "labels")
