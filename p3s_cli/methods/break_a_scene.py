@@ -46,39 +46,26 @@ class BreakASceneRecipe:
 
 
 @dataclass(frozen=True)
-class Masked:
-    """Draws scenes (K, 4, h, w) whose error counts inside the subject's mask (K, 1, h, w) alone.
+class Scenes:
+    """Draws scenes (K, 4, h, w) under their prompt, as the word and text encoder that are being tuned read it by then.
 
-    Its weight makes it the mean over all positions of ||mask (noise - predicted)||^2, the authors' masked loss.
+    With the subject's masks `inside` (K, 1, h, w) the error counts inside alone, and the weight makes it the mean over
+    all positions of ||mask (noise - predicted)||^2, the authors' masked loss.
     """
 
     latents: Tensor
-    inside: Tensor
     word: NewWord
     prompt: str
     batch: int
+    inside: Tensor | None = None
+    weight: float = 1.0
 
     def __call__(self, generator: torch.Generator) -> Part:
         chosen = torch.randint(len(self.latents), (self.batch,), generator=generator)
-        inside = self.inside[chosen]
+        inside = None if self.inside is None else self.inside[chosen]
+        share = 1.0 if inside is None else inside.mean().item()
         states = self.word.encode([self.prompt]).expand(self.batch, -1, -1)
-        return Part(self.latents[chosen], states, inside, inside.mean().item())
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Draws class images (K, 4, h, w) under their own prompt, as the text encoder that is being tuned reads it by then."""
-
-    latents: Tensor
-    word: NewWord
-    prompt: str
-    batch: int
-    weight: float
-
-    def __call__(self, generator: torch.Generator) -> Part:
-        chosen = torch.randint(len(self.latents), (self.batch,), generator=generator)
-        states = self.word.encode([self.prompt]).expand(self.batch, -1, -1)
-        return Part(self.latents[chosen], states, None, self.weight)
+        return Part(self.latents[chosen], states, inside, self.weight * share)
 
 
 class BreakAScene:
@@ -96,7 +83,7 @@ class BreakAScene:
         r = self.recipe(family.profile, lesson.config)
         word, unet = NewWord(family, subject.manifest, instead_of_class=True), training_copy(family.unet)
         others = class_images(family, r.class_prompt, r.class_images, r.class_steps, seed)
-        kept = Kept(others, word, r.class_prompt, r.batch, r.prior_weight)
+        kept = Scenes(others, word, r.class_prompt, r.batch, weight=r.prior_weight)
         loss = Denoising(family, unet, [_scenes(family, subject, word, r.batch), kept])
         first, second = r.steps // 2, r.steps - r.steps // 2
         # beside the run's own checkpoint and under its name, so that it goes when that one goes
@@ -121,14 +108,14 @@ class BreakAScene:
         yield Generator(word.states, noise_of(family, tuned))
 
 
-def _scenes(family: Family, subject: Subject, word: NewWord, batch: int) -> Masked:
+def _scenes(family: Family, subject: Subject, word: NewWord, batch: int) -> Scenes:
     """The largest square of each original photo around the subject and its mirror image, with their masks."""
     size, photos = family.profile.image_size, read_originals(subject)
     pixels = torch.stack([look(p.pixels, base_view(p.mask), size) for p in photos])
     masks = torch.stack([look(p.mask.float()[None], base_view(p.mask), size) for p in photos])
     latents = images.encode(family.vae, torch.cat((pixels, pixels.flip(-1))))
     masks = F.interpolate(torch.cat((masks, masks.flip(-1))), size=latents.shape[-2:], mode="area")
-    return Masked(latents, (masks >= 0.5).to(latents), word, PROMPT.format(subject.manifest.name), batch)
+    return Scenes(latents, word, PROMPT.format(subject.manifest.name), batch, (masks >= 0.5).to(latents))
 
 
 def _counted(on_step: OnStep | None, before: int, total: int) -> OnStep | None:

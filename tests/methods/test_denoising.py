@@ -8,7 +8,7 @@ from rivals import bound, noise
 from p3s_cli.config import FinetuneConfig
 from p3s_cli.methods import denoising
 from p3s_cli.methods.base import Lesson
-from p3s_cli.methods.break_a_scene import Kept, Masked
+from p3s_cli.methods.break_a_scene import Scenes
 from p3s_cli.methods.custom_diffusion import _Own
 from p3s_cli.methods.denoising import Bank, Denoising, Part, noise_schedule, partly_trained, training_copy
 from p3s_cli.methods.dreambooth import DreamBooth, DreamBoothRecipe
@@ -53,7 +53,7 @@ def test_the_masked_loss_ignores_what_is_outside_the_mask(family, subject):
     inside = torch.zeros(1, 1, 16, 16)
     inside[..., 4:9, 5:14] = 1
     word = NewWord(family, subject.manifest, instead_of_class=True)
-    masked = Masked(torch.zeros(1, 4, 16, 16), inside, word, "a photo of a sks dog", 1)
+    masked = Scenes(torch.zeros(1, 4, 16, 16), word, "a photo of a sks dog", 1, inside)
     unet = _Answer((1, 4, 16, 16))
     loss = Denoising(family, unet, [masked])
     first, _ = loss(0, step_generator(0, 0))
@@ -72,7 +72,7 @@ def test_the_masked_loss_ignores_what_is_outside_the_mask(family, subject):
 def test_break_a_scene_keeps_the_text_encoder_that_it_tunes_by_class_images_as_well(family, subject):
     """The authors send both prompts through it at every step: what it has become by then is what is held."""
     word = NewWord(family, subject.manifest, instead_of_class=True)
-    kept = Kept(torch.zeros(2, 4, 16, 16), word, "a photo at the beach", 1, 1.0)
+    kept = Scenes(torch.zeros(2, 4, 16, 16), word, "a photo at the beach", 1)
     before = kept(step_generator(0, 0)).states
     assert torch.equal(before, word.encode(["a photo at the beach"]))
     parameter = next(p for n, p in word.text_encoder.named_parameters() if n.endswith("fc1.weight")).requires_grad_(
