@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from p3s_cli.demo import click as middle
 from p3s_cli.sd import images
+from p3s_cli.world.render import click as middle
 from p3s_cli.world.render import render
 from p3s_cli.world.scenes import lookalike_scene
 

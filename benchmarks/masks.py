@@ -35,12 +35,11 @@ from tables import last_line, machine, markdown
 
 from p3s_cli import pictures
 from p3s_cli.config import MaskConfig
-from p3s_cli.paper import points as literal
 from p3s_cli.paper.points import Selection
 from p3s_cli.sd import images
 from p3s_cli.sd.family import load
 from p3s_cli.sd.vision import VisionTower
-from p3s_cli.segment import select as segment
+from p3s_cli.stages.reference import embedding, select_masks
 
 SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "selective_dev": cases.selective_dev,
@@ -61,19 +60,13 @@ class Reader:
     def features(self, photo: np.ndarray) -> tuple[torch.Tensor, float]:
         """Patch features, and the seconds it took to read them."""
         if id(photo) not in self._cache:  # its case lives as long as the reader
-            read, started = self.tower.patches, time.monotonic()
-            if self.config.recipe == "paper":
-                read = self.tower.native_patches
+            read, started = embedding(self.tower, self.config), time.monotonic()
             self._cache[id(photo)] = read(images.to_tensor(Image.fromarray(photo))), time.monotonic() - started
         return self._cache[id(photo)]
 
     def select(self, case: Case, positive: list[Click], negative: list[Click]) -> Selection:
-        height, width = case.truth.shape
-        sides = [[((x + 0.5) / width, (y + 0.5) / height) for x, y in clicks] for clicks in (positive, negative)]
-        features, _ = self.features(case.photo)
-        if self.config.recipe == "paper":
-            return literal.select(features, *sides, (height, width), self.config)
-        return segment.select(images.to_tensor(Image.fromarray(case.photo)), features, *sides, self.config)
+        pixels, (features, _) = images.to_tensor(Image.fromarray(case.photo)), self.features(case.photo)
+        return select_masks(pixels, features, positive, negative, self.config)
 
     def __call__(self, case: Case, positive: list[Click]) -> tuple[np.ndarray, np.ndarray]:
         made = self.select(case, positive, case.negative)

@@ -126,7 +126,8 @@ def generated(family: Family, of: list[Scene], steps: int, guidance: float, batc
         states = text.encode(family.tokenizer, family.text_encoder, [*captions, ""])
         scheduler = sample.build_scheduler("ddim", family.scheduler_config)
         seeds = range(FIRST + i, FIRST + i + len(captions))
-        latents = sample.sample(eps, states[:-1], states[-1:], scheduler, seeds, (4, side, side), steps, guidance)
+        shape, how = (4, side, side), {"steps": steps, "guidance": guidance}
+        latents = sample.sample(eps, states[:-1], states[-1:], scheduler, seeds, shape, **how)
         yield from images.decode(family.vae, latents)
 
 

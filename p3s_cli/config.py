@@ -49,15 +49,14 @@ class ControlConfig:
     rngr: bool = True  # eq. 4-5; without it the copy is given I' itself (Table II)
     injection: Injection = "gated"
     lam: float = 0.2  # lambda of eq. 7
-    gate_start: float = -2.0  # b_i before training, gated form only
+    gate_start: float = -2.0  # b_i before training, gated form only; weight decay draws it towards 0, too
     gate_lr_scale: float = 100.0  # the learning rate of the gates, and of a learned weight, relative to the rest
     gamma: float = 0.1  # eq. 15
     attention_loss: AttentionReading = "sum"  # reading of eq. 11-12
     attention_layers: Literal["last", "all"] = "last"  # Table IV
     attention_gradient: Literal["copy", "both"] = "copy"  # whether eq. 11 also moves the frozen U-Net's map
-    learned_weight: bool = (
-        False  # train with eps_t from an MLP in t (Fig. 5) instead of 1; sampled by schedule `learned`
-    )
+    # train with eps_t from an MLP in t (Fig. 5) instead of 1; sampled by schedule `learned`
+    learned_weight: bool = False
     learned_word: bool = True  # an offset learnt at the identifier's text states; the paper has none
     word_lr_scale: float = 20.0  # its learning rate, relative to the rest
     decay: Literal["constant", "cosine"] = "constant"  # of the learning rate; cosine falls to zero over all steps
@@ -140,15 +139,14 @@ class GenerateConfig:
 
     steps: int = 50
     guidance: float | None = None  # s_t, the text's part
-    subject_guidance: float | None = (
-        1.0  # s_i, the subject's part; equal to `guidance` injects in the conditional half only
-    )
+    # s_i, the subject's part; equal to `guidance` injects in the conditional half only
+    subject_guidance: float | None = 1.0
     scheduler: str = "ddim"
     schedule: WeightSchedule = field(default_factory=WeightSchedule)
     strength: float = 1.0  # multiplies eps_t
     negative_prompt: str = ""  # what stands in for the empty text
     references: int = 1  # of each subject, side by side
-    reuse: int = 2  # steps that share the copy's features, and a third pass of guidance (`sd.sample.Guided`)
+    reuse: int = 2  # run the copy, and the third pass of guidance (`sd.sample.Guided`), at every n-th step only
     size: tuple[int, int] | None = None  # height and width in pixels; None is the family's square
     compiled: bool = False  # the forward passes: for many images on a GPU
 

@@ -26,9 +26,9 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 from p3s_cli import config as settings
 from p3s_cli.errors import InputError
-from p3s_cli.methods.base import Learnt
-from p3s_cli.methods.binding import Part
+from p3s_cli.methods.base import Learnt, SubjectPart
 from p3s_cli.methods.p3s import P3S
+from p3s_cli.methods.sampling import settled
 from p3s_cli.sd import controlnet as controls
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family, load
@@ -105,7 +105,7 @@ class P3SPipeline(StableDiffusionPipeline):
             if one.method != "p3s":
                 raise InputError(f"{one.root} is tuned by {one.method}; P3SPipeline draws what p3s learnt")
             if roots:
-                one.check_control(family.fingerprint())
+                one.check_control(family.fingerprint)
         if "safety_checker" not in kwargs and family.safety_checker is not None:
             kwargs["safety_checker"], kwargs["feature_extractor"] = family.safety_checker
         nets = controls.gathered(family, kwargs.get("controlnet", Path(base) if inside.is_dir() else None))
@@ -152,20 +152,20 @@ class P3SPipeline(StableDiffusionPipeline):
         size = height or edge, width or edge
         if references < 1:
             raise InputError("give at least one of each subject's references (references=1)")
-        printed = subjects[0].as_printed
-        own = family.profile.as_printed() if printed else family.profile
-        config = settings.GenerateConfig(size=size, references=references, **({"reuse": 1} if printed else {}))
-        config = settings.with_schedule(config, schedule or own.schedule)
+        asked = settings.GenerateConfig(size=size, references=references, subject_guidance=subject_guidance)
+        if subjects[0].as_printed:
+            asked = replace(asked, reuse=1)
+        config = settled(asked, family.profile, subjects[0], schedule)
+        assert config.subject_guidance is not None
         spans = controlnet_conditioning_scale, control_guidance_start, control_guidance_end
         each = kwargs.get("num_images_per_prompt") or 1
         guides = controls.guides_of(controls.listed(self.controlnet), image, *spans, size, len(prompts), each)
-        unet, vae, strength = self.unet, self.vae, subject_guidance
-        strength = own.subject_guidance if strength is None else strength
+        unet, vae = self.unet, self.vae
         with P3S().bind_many(family, _parts(subjects, subject_strength), config) as generator:
             # encoded here, for a subject's word is learnt and no tokenizer knows it
             embeds, empty = (generator.encode(w).to(unet.dtype) for w in (prompts, [""]))
             controlled = GuidedUNet(
-                unet, generator.eps, self._scale, strength, empty, self._control(guides), config.reuse
+                unet, generator.eps, self._scale, config.subject_guidance, empty, self._control(guides), config.reuse
             )
             self.__dict__.update(unet=controlled, vae=Autoencoder(vae))
             try:
@@ -229,10 +229,10 @@ def _checked(
     return prompts
 
 
-def _parts(subjects: Sequence[Subject], strength: float | Sequence[float]) -> list[Part]:
+def _parts(subjects: Sequence[Subject], strength: float | Sequence[float]) -> list[SubjectPart]:
     strengths = [strength] * len(subjects) if isinstance(strength, (int, float)) else list(strength)
     if len(strengths) != len(subjects):
         raise InputError(
             f"subject_strength has {len(strengths)} numbers for {len(subjects)} subjects; give one for each"
         )
-    return [Part.of(Learnt.read(subject), own) for subject, own in zip(subjects, strengths, strict=True)]
+    return [SubjectPart(Learnt.read(subject), own) for subject, own in zip(subjects, strengths, strict=True)]

@@ -75,6 +75,10 @@ class Reference(_Strict):
     mask: Stage | None = None
 
     @property
+    def photo_file(self) -> str:
+        return f"{self.folder}/photo.png"
+
+    @property
     def mask_file(self) -> str:
         return f"{self.folder}/mask.safetensors"
 
@@ -158,7 +162,7 @@ class Subject:
             stage = reference.mask
             whole = stage is not None and self.intact(stage, reference.mask_file)
             if stage is None or stage.inputs != self.mask_inputs(reference, stage.settings) or not whole:
-                photo = self.path(f"{reference.folder}/photo.png")
+                photo = self.path(reference.photo_file)
                 raise InputError(
                     f"the mask of {reference.folder} does not belong to its points any more; refresh it with: {mask_command(photo, reference, self.root)}"
                 )

@@ -8,7 +8,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from p3s_cli import stages
+from p3s_cli.config import FinetuneConfig, MemoryProfile
 from p3s_cli.errors import InputError
+from p3s_cli.methods.base import Lesson
+from p3s_cli.methods.p3s import P3S
 from p3s_cli.sd import a1111, images, text
 from p3s_cli.stages.composition import Composition, parse_size
 from p3s_cli.subject import Subject
@@ -67,6 +70,12 @@ def test_everything_joins_in_one_image_of_another_size(two, world):
     written = Image.open(result.images[0]).text["parameters"].splitlines()
     assert written[0] == "a sks cat and a sks dog <lora:s:0.6>" and written[1] == "Negative prompt: snow"
     assert "Seed: 0, Size: 160x96, Model: world" in written[2]
+
+
+def test_no_strength_is_below_zero(two, world):
+    """The logarithm of a weight shifts the logits of eq. 8; below zero it is no number."""
+    with pytest.raises(InputError, match="strength cannot be -0.5; give 0 or more"):
+        stages.generate(two / "a", "a [V] cat", n=1, steps=1, strength=-0.5, family=world)
 
 
 def test_a_further_subject_at_strength_zero_is_not_there(two, world):
@@ -176,7 +185,7 @@ def test_a1111_text_reads_as_its_own_tools_write_it():
 
 
 def test_every_memory_profile_tunes_and_draws_and_leaves_the_family_as_it_was(two, world, tmp_path):
-    """Checkpointing and offloading change no number; 8-bit moments and bfloat16 masters change them a little."""
+    """8-bit moments and bfloat16 masters change numbers a little; checkpointing and offloading none (the test below)."""
     import shutil
 
     from p3s_cli.config import ControlConfig
@@ -202,6 +211,18 @@ def test_every_memory_profile_tunes_and_draws_and_leaves_the_family_as_it_was(tw
             assert apart <= limit, (name, k)
     drawn = stages.generate(tmp_path / "8", "a [V] cat", n=2, steps=1, memory="8", family=world)
     assert all(p.is_file() for p in drawn.images)
+
+
+def test_checkpointing_and_offloading_change_no_number(two, world, monkeypatch):
+    """What is computed again is the same, and what is not needed is elsewhere meanwhile: it goes to the CPU, and comes back."""
+    moved, learnt = [], {}
+    monkeypatch.setattr(type(world), "_move", lambda self, device, names: moved.append(device))
+    subject = Subject.open(two / "a")
+    for saving in (False, True):
+        memory = MemoryProfile(24, average=True, checkpointing=saving, offload=saving)
+        learnt[saving] = P3S().fit(Lesson(world, subject, FinetuneConfig(steps=2, memory=memory)))
+    assert all(torch.equal(learnt[False][name], tensor) for name, tensor in learnt[True].items())
+    assert moved == ["cpu", world.device]
 
 
 def test_subjects_seen_through_different_clip_pairs_do_not_join(two):

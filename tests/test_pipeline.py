@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from p3s_cli import P3SPipeline, stages
-from p3s_cli.config import ControlConfig, GenerateConfig, with_schedule
+from p3s_cli.config import GenerateConfig, with_schedule
 from p3s_cli.errors import InputError
-from p3s_cli.methods.binding import Part
+from p3s_cli.methods.base import Learnt, SubjectPart
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.sd import images
 from p3s_cli.sd.sample import build_scheduler, initial_noise, sample
@@ -39,12 +39,13 @@ def test_it_draws_what_the_sampler_draws_calls_back_and_survives_being_saved(tun
     options["subject_guidance"] = 2.0
     theirs = pipe("a [V] pet on beach", callback_on_step_end=note, **options).images
     tensors, metadata = load_tensors(tuned / "control/control.safetensors")
-    part = Part(Subject.open(tuned), tensors, ControlConfig(**metadata["config"]["control"]))
+    part = SubjectPart(Learnt(Subject.open(tuned), tensors, metadata["config"]))
     sampling = with_schedule(GenerateConfig(), world.profile.schedule)
     with P3S().bind_many(world, [part], sampling) as generator:
         states, empty = generator.encode(["a [V] pet on beach", ""]).split(1)
         scheduler = build_scheduler("ddim", world.scheduler_config)
-        ours = sample(generator.eps, states, empty, scheduler, [3], (4, 16, 16), 2, 3.0, 2.0, reuse=sampling.reuse)
+        how = {"steps": 2, "guidance": 3.0, "subject_guidance": 2.0, "reuse": sampling.reuse}
+        ours = sample(generator.eps, states, empty, scheduler, [3], (4, 16, 16), **how)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
     assert seen == [0, 1] and type(pipe.unet).__name__ == "UNet2DConditionModel"
     off = pipe("a [V] pet on beach", subject_strength=0.0, **options).images

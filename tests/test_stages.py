@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from p3s_cli import stages
-from p3s_cli.config import PACES
+from p3s_cli.config import PACES, GenerateConfig, WeightSchedule
 from p3s_cli.errors import InputError, P3SError
+from p3s_cli.methods.base import Learnt
+from p3s_cli.methods.p3s import P3S
 from p3s_cli.paper.points import Selection
-from p3s_cli.sd import images
+from p3s_cli.sd import images, text
 from p3s_cli.sd.family import load
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import load_tensors
@@ -155,6 +157,12 @@ def test_the_base_is_bit_identical_afterwards_and_schedule_off_is_the_base_model
     processors = world.unet.attn_processors
     stages.finetune(tuned, steps=2, lr=1e-2, family=world)
     off = generate(tuned, world, schedule="off", steps=4)
+    learnt = Learnt.read(Subject.open(tuned))
+    x_t, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    with P3S().bind(world, learnt, GenerateConfig(schedule=WeightSchedule("off"))) as bound, torch.no_grad():
+        states = text.encode(world.tokenizer, world.text_encoder, ["a sks pet"])
+        assert learnt.tensors["word"].abs().max() > 0 and torch.equal(bound.encode(["a [V] pet"]), states)
+        torch.testing.assert_close(bound.eps(x_t, t, states, True), world.unet(x_t, t, states).sample)
     assert all(torch.equal(before[n], p) for n, p in world.unet.state_dict().items())
     assert all(world.unet.attn_processors[n] is p for n, p in processors.items())
     on = generate(tuned, world, steps=4, strength=1.2)

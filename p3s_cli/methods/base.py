@@ -18,6 +18,8 @@ from p3s_cli.sd.weights import load_tensors
 from p3s_cli.subject import CONTROL, Subject
 
 R = TypeVar("R")
+# a weight schedule, several references, compiled passes, a memory profile; and what `Joining` adds
+Heed = Literal["schedule", "references", "compiled", "memory", "joined"]
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,39 @@ class Learnt:
         return cls(subject, tensors, metadata["config"])
 
 
+@dataclass(frozen=True)
+class SubjectPart:
+    """One tuned subject's part in an image: what was learnt of it, and how strongly it comes in."""
+
+    learnt: Learnt
+    strength: float = 1.0
+
+
 class Method(Protocol):
     """A way to teach a family one subject. `fit` returns what it learnt, `bind` uses it for a while.
 
     Neither changes the family: what trains is a module of the method's own or a copy. `given` is what the
-    method sees of a reference. `recipe` is every setting that `fit` will use, a dataclass with at least `steps`.
+    method sees of a reference, `heeds` what it can be asked for beside steps, rate and strength. `recipe` is every
+    setting that `fit` will use, a dataclass with at least `steps`.
     """
 
     name: str
     given: Literal["points", "mask", "crop", "nothing"]
+    heeds: frozenset[Heed]
 
     def recipe(self, profile: Profile, config: FinetuneConfig) -> Any: ...
 
     def fit(self, lesson: Lesson) -> dict[str, Tensor]: ...
 
     def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> AbstractContextManager[Generator]: ...
+
+
+class Joining(Method, Protocol):
+    """A method that `heeds` "joined": several subjects in one image, and ControlNets and LoRAs beside them."""
+
+    def bind_many(
+        self, family: Family, parts: Sequence[SubjectPart], sampling: GenerateConfig
+    ) -> AbstractContextManager[Generator]: ...
 
 
 REGISTRY: dict[str, Method] = {}

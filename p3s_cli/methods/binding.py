@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from p3s_cli.config import ControlConfig, GenerateConfig, read_control
+from p3s_cli.config import GenerateConfig, read_control
 from p3s_cli.errors import InputError
-from p3s_cli.methods.base import Learnt
+from p3s_cli.methods.base import SubjectPart
 from p3s_cli.methods.conditioning import condition, reference_view
 from p3s_cli.methods.forward import Forward, forward
 from p3s_cli.methods.photos import read_photos
@@ -19,21 +18,6 @@ from p3s_cli.paper.model import P3SControl
 from p3s_cli.paper.schedule import LearnedWeight
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.weights import check_layout, layout_of
-from p3s_cli.subject import Subject
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tuned subject's part in an image: its control's tensors and settings, and how strongly it is injected."""
-
-    subject: Subject
-    tensors: Mapping[str, Tensor]
-    config: ControlConfig
-    strength: float = 1.0
-
-    @classmethod
-    def of(cls, learnt: Learnt, strength: float = 1.0) -> Part:
-        return cls(learnt.subject, learnt.tensors, read_control(learnt.recipe), strength)
 
 
 @dataclass
@@ -55,30 +39,32 @@ class Bound:
     _last: float = -1.0
 
     @classmethod
-    def build(cls, family: Family, part: Part, sampling: GenerateConfig) -> Bound:
+    def build(cls, family: Family, part: SubjectPart, sampling: GenerateConfig) -> Bound:
         """Raises InputError if the control was trained on another shape of base, or lacks the weight to sample by."""
-        if sampling.schedule.kind == "learned" and not part.config.learned_weight:
-            raise InputError(f"{part.subject.root} was tuned without a learned weight; choose another --schedule")
+        subject, tensors, config = part.learnt.subject, part.learnt.tensors, read_control(part.learnt.recipe)
+        if sampling.schedule.kind == "learned" and not config.learned_weight:
+            raise InputError(f"{subject.root} was tuned without a learned weight; choose another --schedule")
         unet, width = family.unet, family.vision.width  # read from files here, which may not happen below
         with torch.device("meta"):  # whatever it starts with is replaced
-            control = P3SControl(unet, width, part.config)
+            control = P3SControl(unet, width, config)
         try:
-            check_layout(layout_of(part.tensors), layout_of(control.state_dict()))
+            check_layout(layout_of(tensors), layout_of(control.state_dict()))
         except ValueError as error:
             raise InputError(
-                f"the control of {part.subject.root} does not fit this base ({error}); tune it again"
+                f"the control of {subject.root} does not fit this base ({error}); tune it again"
             ) from error
-        control.load_state_dict(part.tensors, assign=True)
+        control.load_state_dict(tensors, assign=True)
         control.to(family.device, family.dtype).eval().requires_grad_(False)
-        photos = read_photos(part.subject)[: sampling.references]
-        views = [reference_view(p.mask, part.config) for p in photos]
-        given = condition(family, photos, views, part.config, sampling.size)
+        photos = read_photos(subject)[: sampling.references]
+        views = [reference_view(p.mask, config) for p in photos]
+        given = condition(family, photos, views, config, sampling.size)
         with torch.no_grad():
             seen = control.see(given.latent.to(family.dtype), given.vision.to(family.dtype))
-        identifier = part.subject.manifest.identifier
         learned = control.weighting if sampling.schedule.kind == "learned" else None
         passes = forward(sampling.compiled)
-        return cls(control, list(seen.split(1)), part.strength, identifier, sampling.reuse, learned, passes)
+        return cls(
+            control, list(seen.split(1)), part.strength, subject.manifest.identifier, sampling.reuse, learned, passes
+        )
 
     def injections(self, x_t: Tensor, t: Tensor, states: Tensor, weight: float) -> list[Injection]:
         """P3S eq. 6 for each reference; together they take the place of one."""

@@ -1,33 +1,38 @@
 """Break-A-Scene (arXiv:2305.16311) for one subject: a loss inside its mask, first on a new word, then on everything.
 
-With one subject there are no unions of subjects to draw, and the attention loss, which keeps the words
-of several subjects apart, is left out.
+With one subject there are no unions of subjects to draw. Beside the masked loss, the word's attention is to cover the
+subject and nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
-from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
-from p3s_cli.methods.denoising import Denoising, Part, noise_of, trainable, training_copy, tuned_copy
+from p3s_cli.methods.base import Generator, Heed, Learnt, Lesson, register, settled
+from p3s_cli.methods.denoising import Denoising, SubBatch, noise_of, trainable, training_copy, tuned_copy
 from p3s_cli.methods.photos import read_originals
 from p3s_cli.methods.prior import class_images
-from p3s_cli.methods.views import base_view, look
+from p3s_cli.methods.views import base_view, look, look_mask
 from p3s_cli.methods.words import NewWord
+from p3s_cli.paper.injection import attention_seam
+from p3s_cli.paper.subject_copy import attention_layers
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, Profile
 from p3s_cli.sd.train import OnStep, Recipe
 from p3s_cli.subject import Subject
 
 PROMPT = "a photo of a {}"
+_SIDE = 16  # queries, of the attention layers that the attention loss reads
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class BreakASceneRecipe:
     class_steps: int = 50
     class_prompt: str = "a photo at the beach"
     prior_weight: float = 1.0
+    attention_weight: float = 1e-2
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,12 @@ class Scenes:
     inside: Tensor | None = None
     weight: float = 1.0
 
-    def __call__(self, generator: torch.Generator) -> Part:
+    def __call__(self, generator: torch.Generator) -> SubBatch:
         chosen = torch.randint(len(self.latents), (self.batch,), generator=generator)
         inside = None if self.inside is None else self.inside[chosen]
         share = 1.0 if inside is None else inside.mean().item()
         states = self.word.encode([self.prompt]).expand(self.batch, -1, -1)
-        return Part(self.latents[chosen], states, inside, self.weight * share)
+        return SubBatch(self.latents[chosen], states, inside, self.weight * share)
 
 
 class BreakAScene:
@@ -73,6 +79,7 @@ class BreakAScene:
 
     name = "break-a-scene"
     given: Literal["mask"] = "mask"
+    heeds: frozenset[Heed] = frozenset()
 
     def recipe(self, profile: Profile, config: FinetuneConfig) -> BreakASceneRecipe:
         return settled(BreakASceneRecipe(), self.name, profile, config)
@@ -84,20 +91,24 @@ class BreakAScene:
         word, unet = NewWord(family, subject.manifest, instead_of_class=True), training_copy(family.unet)
         others = class_images(family, r.class_prompt, r.class_images, r.class_steps, seed)
         kept = Scenes(others, word, r.class_prompt, r.batch, weight=r.prior_weight)
-        loss = Denoising(family, unet, [_scenes(family, subject, word, r.batch), kept])
+        layers = _layers(unet)
+        attends = _Attention(word.place(_prompt(subject)), r.attention_weight)
+        loss = Denoising(family, unet, [_scenes(family, subject, word, r.batch), kept], layers, attends)
         first, second = r.steps // 2, r.steps - r.steps // 2
         # beside the run's own checkpoint and under its name, so that it goes when that one goes
         kept_at = lesson.checkpoint
         early = kept_at and replace(kept_at, path=kept_at.path.with_name(f"{kept_at.path.name}-word"), last=True)
         recipe = Recipe(first, r.word_lr, r.weight_decay, seed=seed)
         half = replace(lesson, on_step=_counted(lesson.on_step, 0, r.steps), checkpoint=early)
-        half.train({"word": word.row}, loss, recipe)
+        with attention_seam(unet, "copy"):
+            half.train({"word": word.row}, loss, recipe)
         unet.requires_grad_(True)
         word.text_encoder.requires_grad_(True).get_input_embeddings().known.requires_grad_(False)
         everything = trainable(unet, "unet.") | trainable(word.text_encoder, "text.")
         recipe = replace(recipe, steps=second, lr=r.lr, seed=seed + 1)
         half = replace(lesson, on_step=_counted(lesson.on_step, first, r.steps))
-        return half.train(everything, loss, recipe)
+        with attention_seam(unet, "copy"):
+            return half.train(everything, loss, recipe)
 
     @contextlib.contextmanager
     def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> Iterator[Generator]:
@@ -108,14 +119,50 @@ class BreakAScene:
         yield Generator(word.states, noise_of(family, tuned))
 
 
+@dataclass(frozen=True)
+class _Attention:
+    """The authors' attention loss: weight x mean over scenes of ||mask - map / max map||^2, mean over positions.
+
+    The map is what the word, text state `place`, gets of each query's attention, averaged over layers and heads.
+    """
+
+    place: int
+    weight: float
+
+    def __call__(self, parts: Sequence[SubBatch], maps: Mapping[str, Tensor]) -> Tensor:
+        inside = parts[0].inside
+        assert inside is not None
+        given = torch.stack([m[: len(inside), ..., self.place].mean(1) for m in maps.values()]).mean(0)  # (n, N)
+        side = math.isqrt(given.shape[1])
+        mask = F.interpolate(inside, size=(side, side)).flatten(1)
+        return self.weight * (mask - given / given.amax(1, keepdim=True)).square().mean()
+
+
+def _layers(unet: UNet2DConditionModel) -> frozenset[str]:
+    """The cross-attention layers of down and up blocks with 16 x 16 queries, the authors', or the nearest to that."""
+    blocks = len(unet.config.block_out_channels)
+    sides = {}
+    for name in attention_layers(unet, "attn2"):
+        where, number = name.split(".")[:2]
+        if where != "mid_block":
+            halved = int(number) if where == "down_blocks" else blocks - 1 - int(number)
+            sides[name] = unet.config.sample_size >> halved
+    nearest = min(sides.values(), key=lambda side: abs(side - _SIDE))
+    return frozenset(name for name, side in sides.items() if side == nearest)
+
+
+def _prompt(subject: Subject) -> str:
+    return PROMPT.format(subject.manifest.name)
+
+
 def _scenes(family: Family, subject: Subject, word: NewWord, batch: int) -> Scenes:
     """The largest square of each original photo around the subject and its mirror image, with their masks."""
     size, photos = family.profile.image_size, read_originals(subject)
-    pixels = torch.stack([look(p.pixels, base_view(p.mask), size) for p in photos])
-    masks = torch.stack([look(p.mask.float()[None], base_view(p.mask), size) for p in photos])
+    pixels = torch.stack([look(p.pixels, base_view(p.mask), size, "border") for p in photos])
+    masks = torch.stack([look_mask(p.mask, base_view(p.mask), size) for p in photos])
     latents = images.encode(family.vae, torch.cat((pixels, pixels.flip(-1))))
     masks = F.interpolate(torch.cat((masks, masks.flip(-1))), size=latents.shape[-2:], mode="area")
-    return Scenes(latents, word, PROMPT.format(subject.manifest.name), batch, (masks >= 0.5).to(latents))
+    return Scenes(latents, word, _prompt(subject), batch, (masks >= 0.5).to(latents))
 
 
 def _counted(on_step: OnStep | None, before: int, total: int) -> OnStep | None:

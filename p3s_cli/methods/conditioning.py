@@ -60,7 +60,7 @@ def _seen(photos: list[Photo], views: list[View], config: ControlConfig, size: t
 
 
 @dataclass(frozen=True)
-class Bank:
+class ReferenceBank:
     """Everything a training step draws from, encoded once: targets (K, 4, h, w), their masks (K, 1, h, w), conditions."""
 
     targets: Tensor
@@ -68,7 +68,7 @@ class Bank:
     conditions: Condition
 
     @classmethod
-    def build(cls, family: Family, photos: list[Photo], config: ControlConfig, seed: int) -> Bank:
+    def build(cls, family: Family, photos: list[Photo], config: ControlConfig, seed: int) -> ReferenceBank:
         generator = torch.Generator().manual_seed(seed)
         size = family.profile.image_size
         repeats = 1 if config.augment == "none" else _VIEWS

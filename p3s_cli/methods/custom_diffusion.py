@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
-from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
-from p3s_cli.methods.denoising import Denoising, Part, noise_of, partly_trained, trainable, tuned_copy
+from p3s_cli.methods.base import Generator, Heed, Learnt, Lesson, register, settled
+from p3s_cli.methods.denoising import Denoising, SubBatch, noise_of, partly_trained, trainable, tuned_copy
 from p3s_cli.methods.photos import crops
 from p3s_cli.methods.prior import prior
 from p3s_cli.methods.words import NewWord
@@ -31,8 +31,9 @@ _VIEWS = 24  # rescaled views encoded once for each reference
 class CustomDiffusionRecipe:
     """As diffusers' `examples/custom_diffusion` for one object: 1e-5 scaled by a batch of 2 and by 2 for prior preservation.
 
-    Images are mirrored and rescaled. The class's are drawn by the base, not retrieved from a collection of photos, and the
-    new word begins as its class word, not as a rare one.
+    Images are mirrored and rescaled, in 24 ways that are encoded once and not in another one at every step. The class's are
+    drawn by the base, not retrieved from a collection of photos, and the new word begins as its class word, not as a rare one.
+    All latents, here and of every other rival, are the mean of what the autoencoder says, not a sample of it.
     """
 
     steps: int = 250
@@ -79,6 +80,7 @@ class CustomDiffusion:
 
     name = "custom-diffusion"
     given: Literal["crop"] = "crop"
+    heeds: frozenset[Heed] = frozenset()
 
     def recipe(self, profile: Profile, config: FinetuneConfig) -> CustomDiffusionRecipe:
         return settled(CustomDiffusionRecipe(), self.name, profile, config)
@@ -119,12 +121,12 @@ class _Own:
         self.prompts = [v.prefix + PROMPT.format(subject.manifest.name) for v in views]
         self.word, self.batch = word, batch
 
-    def __call__(self, generator: torch.Generator) -> Part:
+    def __call__(self, generator: torch.Generator) -> SubBatch:
         chosen = torch.randint(len(self.latents), (self.batch,), generator=generator)
         states = self.word.encode([self.prompts[i] for i in chosen])
         # diffusers': the error summed over channels, over each view's own area, then the mean over views
         share = self.inside[chosen] / self.inside[chosen].sum((1, 2, 3), keepdim=True).clamp(min=1)
-        return Part(self.latents[chosen], states, share, float(self.latents.shape[1]))
+        return SubBatch(self.latents[chosen], states, share, float(self.latents.shape[1]))
 
 
 register(CustomDiffusion())

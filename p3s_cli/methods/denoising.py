@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from p3s_cli.config import Timesteps
+from p3s_cli.paper.injection import Recording
 from p3s_cli.paper.losses import denoising_loss
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family
@@ -20,27 +21,27 @@ from p3s_cli.sd.sample import Eps
 _PATCHES = 0.7  # of the shifts that `astray` makes, how much differs from one part of the picture to another
 
 
-def noise_schedule(family: Family) -> Tensor:
+def alphas_cumprod(family: Family) -> Tensor:
     """The family's cumulative alphas (T,), on its device."""
     from diffusers import DDPMScheduler
 
     return DDPMScheduler.from_config(family.scheduler_config).alphas_cumprod.to(family.device)
 
 
-def diffuse(
-    x0: Tensor, schedule: Tensor, generator: torch.Generator, timesteps: Timesteps = "uniform"
+def add_noise(
+    x0: Tensor, alphas_cumprod: Tensor, generator: torch.Generator, timesteps: Timesteps = "uniform"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise at random t. x0 (B, 4, h, w) -> x_t, t (B,), noise.
 
     `cubic` draws t = T (1 - u^3), so that noisy steps come most often.
     """
-    steps, n = len(schedule), len(x0)
+    steps, n = len(alphas_cumprod), len(x0)
     if timesteps == "cubic":
         t = (steps * (1 - torch.rand(n, generator=generator) ** 3)).long().clamp(max=steps - 1).to(x0.device)
     else:
         t = torch.randint(steps, (n,), generator=generator).to(x0.device)
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-    alpha = schedule[t].view(-1, 1, 1, 1)
+    alpha = alphas_cumprod[t].view(-1, 1, 1, 1)
     return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, t, noise
 
 
@@ -64,7 +65,7 @@ def astray(
 
 
 @dataclass(frozen=True)
-class Part:
+class SubBatch:
     """A part of a batch with a weight of its own: latents (n, 4, h, w), states (n, 77, D).
 
     inside (n, 1, h, w) or None confines its error to some positions, averaged over those.
@@ -77,11 +78,11 @@ class Part:
 
 
 M = TypeVar("M", bound=nn.Module)
-Draw = Callable[[torch.Generator], Part]
+Draw = Callable[[torch.Generator], SubBatch]
 
 
 @dataclass(frozen=True)
-class Bank:
+class LatentBank:
     """Draws `batch` of the latents (K, 4, h, w), all under the same text states (1, 77, D)."""
 
     latents: Tensor
@@ -89,28 +90,43 @@ class Bank:
     batch: int
     weight: float = 1.0
 
-    def __call__(self, generator: torch.Generator) -> Part:
+    def __call__(self, generator: torch.Generator) -> SubBatch:
         chosen = torch.randint(len(self.latents), (self.batch,), generator=generator)
-        return Part(self.latents[chosen], self.states.expand(self.batch, -1, -1), None, self.weight)
+        return SubBatch(self.latents[chosen], self.states.expand(self.batch, -1, -1), None, self.weight)
 
 
 class Denoising:
-    """A loss for `train`: the sum over parts of weight x mean ||noise - eps(x_t, t, text)||^2, in one forward pass."""
+    """A loss for `train`: the sum over parts of weight x mean ||noise - eps(x_t, t, text)||^2, in one forward pass.
 
-    def __init__(self, family: Family, unet: nn.Module, sources: Sequence[Draw]):
-        self.unet, self.sources, self.schedule = unet, sources, noise_schedule(family)
+    `watched` names attention layers whose maps `beside` is given along with the parts, for a term to be added; the U-Net
+    then has to stand in `attention_seam` as a copy does.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        unet: nn.Module,
+        sources: Sequence[Draw],
+        watched: frozenset[str] = frozenset(),
+        beside: Callable[[Sequence[SubBatch], Mapping[str, Tensor]], Tensor] | None = None,
+    ):
+        self.unet, self.sources, self.alphas_cumprod = unet, sources, alphas_cumprod(family)
         self.device, self.dtype = family.device.split(":")[0], family.dtype
+        self.watched, self.beside = watched, beside
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         parts = [draw(generator) for draw in self.sources]
-        x_t, t, noise = diffuse(torch.cat([p.latents for p in parts]), self.schedule, generator)
+        x_t, t, noise = add_noise(torch.cat([p.latents for p in parts]), self.alphas_cumprod, generator)
         states = torch.cat([p.states for p in parts])
+        seen = Recording(wanted=self.watched)
+        options = {"cross_attention_kwargs": {"p3s": seen}} if self.beside else {}
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-            predicted = self.unet(x_t, t, states).sample
+            predicted = self.unet(x_t, t, states, **options).sample
         sizes = [len(p.latents) for p in parts]
         pairs = zip(parts, predicted.split(sizes), noise.split(sizes), strict=True)
         value = sum(part.weight * denoising_loss(guess, truth, part.inside) for part, guess, truth in pairs)
-        return value, {"denoising": value.item()}
+        numbers = {"denoising": value.item()}
+        return value + self.beside(parts, seen.maps) if self.beside else value, numbers
 
 
 def training_copy(model: M) -> M:

@@ -10,8 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
-from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
-from p3s_cli.methods.denoising import Bank, Denoising, noise_of, states_of, trainable, training_copy, tuned_copy
+from p3s_cli.methods.base import Generator, Heed, Learnt, Lesson, register, settled
+from p3s_cli.methods.denoising import Denoising, LatentBank, noise_of, states_of, trainable, training_copy, tuned_copy
 from p3s_cli.methods.photos import crops
 from p3s_cli.methods.prior import prior
 from p3s_cli.sd import images, text
@@ -42,6 +42,7 @@ class DreamBooth:
     """Contract: `p3s_cli.methods.base.Method`."""
 
     given: Literal["crop"] = "crop"
+    heeds: frozenset[Heed] = frozenset()
 
     def __init__(self, name: str, published: DreamBoothRecipe):
         self.name, self.published = name, published
@@ -56,7 +57,7 @@ class DreamBooth:
         unet = training_copy(family.unet).requires_grad_(True)
         seen = images.encode(family.vae, crops(lesson.subject, family.profile.image_size))
         prompt = PROMPT.format(words.name)
-        sources = [Bank(seen, text.encode(family.tokenizer, family.text_encoder, [prompt]), r.batch)]
+        sources = [LatentBank(seen, text.encode(family.tokenizer, family.text_encoder, [prompt]), r.batch)]
         if r.class_images:
             others = PROMPT.format(words.class_word)
             sources.append(prior(family, others, r.class_images, r.class_steps, seed, r.batch, r.prior_weight))

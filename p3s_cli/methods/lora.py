@@ -14,8 +14,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
-from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
-from p3s_cli.methods.denoising import Bank, Denoising, noise_of, partly_trained, states_of, trainable
+from p3s_cli.methods.base import Generator, Heed, Learnt, Lesson, register, settled
+from p3s_cli.methods.denoising import Denoising, LatentBank, noise_of, partly_trained, states_of, trainable
 from p3s_cli.methods.photos import crops
 from p3s_cli.sd import images, text
 from p3s_cli.sd.family import Family, Profile
@@ -46,6 +46,7 @@ class Lora:
 
     name = "lora"
     given: Literal["crop"] = "crop"
+    heeds: frozenset[Heed] = frozenset()
 
     def recipe(self, profile: Profile, config: FinetuneConfig) -> LoraRecipe:
         return settled(LoraRecipe(), self.name, profile, config)
@@ -58,7 +59,7 @@ class Lora:
         unet = partly_trained(adapted(copy.deepcopy(family.unet), r.rank), lambda name: "lora_" in name)
         seen = images.encode(family.vae, crops(lesson.subject, family.profile.image_size))
         prompt = f"a photo of a {lesson.subject.manifest.name}"
-        source = Bank(seen, text.encode(family.tokenizer, family.text_encoder, [prompt]), r.batch)
+        source = LatentBank(seen, text.encode(family.tokenizer, family.text_encoder, [prompt]), r.batch)
         recipe = Recipe(r.steps, r.lr, r.weight_decay, seed=seed)
         return lesson.train(trainable(unet, ""), Denoising(family, unet, [source]), recipe)
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, MemoryProfile
-from p3s_cli.methods.base import Generator, Learnt, Lesson, asked, register
-from p3s_cli.methods.binding import Bound, Part
-from p3s_cli.methods.conditioning import Bank
-from p3s_cli.methods.denoising import astray, diffuse, noise_schedule
+from p3s_cli.errors import InputError
+from p3s_cli.methods.base import Generator, Heed, Learnt, Lesson, SubjectPart, asked, register
+from p3s_cli.methods.binding import Bound
+from p3s_cli.methods.conditioning import ReferenceBank
+from p3s_cli.methods.denoising import add_noise, alphas_cumprod, astray
 from p3s_cli.methods.forward import Forward, forward
 from p3s_cli.methods.photos import read_photos
 from p3s_cli.paper.injection import attention_seam
@@ -35,6 +36,7 @@ class P3S:
 
     name = "p3s"
     given: Literal["points"] = "points"
+    heeds: frozenset[Heed] = frozenset(("schedule", "references", "compiled", "memory", "joined"))
 
     def recipe(self, profile: Profile, config: FinetuneConfig) -> FinetuneConfig:
         """Steps, rate and batch left open are the family's."""
@@ -61,7 +63,7 @@ class P3S:
         torch.manual_seed(config.seed)
         control = P3SControl(family.unet, family.vision.width, config.control)
         control.to(family.device, torch.bfloat16 if config.memory.masters == "bfloat16" else torch.float32)
-        bank = Bank.build(family, read_photos(subject), config.control, config.seed)
+        bank = ReferenceBank.build(family, read_photos(subject), config.control, config.seed)
         loss = _Loss(family, subject, control, bank, config.control, config.batch, forward(config.compiled))
         with connected(family.unet, control), _saving(family, control, config.memory):
             trained = lesson.train(dict(control.named_parameters()), loss, recipe)
@@ -69,11 +71,16 @@ class P3S:
 
     def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> AbstractContextManager[Generator]:
         """The frozen U-Net under this subject's control; as found on exit."""
-        return self.bind_many(family, [Part.of(learnt)], sampling)
+        return self.bind_many(family, [SubjectPart(learnt)], sampling)
 
     @contextlib.contextmanager
-    def bind_many(self, family: Family, parts: Sequence[Part], sampling: GenerateConfig) -> Iterator[Generator]:
-        """The frozen U-Net under the control of several subjects at once, their features side by side; as found on exit."""
+    def bind_many(self, family: Family, parts: Sequence[SubjectPart], sampling: GenerateConfig) -> Iterator[Generator]:
+        """The frozen U-Net under the control of several subjects at once, their features side by side; as found on exit.
+
+        Raises InputError for a strength below 0, and what `Bound.build` raises.
+        """
+        if (least := min(sampling.strength, *(p.strength for p in parts))) < 0:
+            raise InputError(f"a subject's strength cannot be {least:g}; give 0 or more")
         bound = [Bound.build(family, part, sampling) for part in parts]
         frozen = forward(sampling.compiled).frozen
 
@@ -88,7 +95,8 @@ class P3S:
             stack.enter_context(attention_seam(family.unet, "frozen"))
             for b in bound:
                 stack.enter_context(attention_seam(b.control.copy, "copy"))
-            yield Generator(lambda prompts: _encode(family, bound, prompts, sampling.strength), eps)
+            off = sampling.schedule.kind == "off"  # nothing of the subject, so nothing of its word
+            yield Generator(lambda prompts: _encode(family, bound, prompts, 0.0 if off else sampling.strength), eps)
 
 
 def _encode(family: Family, bound: Sequence[Bound], prompts: list[str], strength: float) -> Tensor:
@@ -123,7 +131,7 @@ class _Loss:
         family: Family,
         subject: Subject,
         control: P3SControl,
-        bank: Bank,
+        bank: ReferenceBank,
         config: ControlConfig,
         batch: int,
         forward: Forward,
@@ -133,7 +141,7 @@ class _Loss:
         self.device, self.dtype = family.device, family.dtype
         # masters in bfloat16 compute in it, whatever the frozen part is kept in
         self.autocast = self.dtype if self.dtype != torch.float32 else next(control.parameters()).dtype
-        self.noise_schedule = noise_schedule(family)
+        self.alphas_cumprod = alphas_cumprod(family)
         name, identifier = f"{text.PLACEHOLDER} {subject.manifest.class_word}", subject.manifest.identifier
         prompts = [*(f"{t.format(name)} {c}".strip() for t in TEMPLATES for c in config.contexts), ""]
         filled = [text.fill(p, identifier) for p in prompts]
@@ -143,9 +151,9 @@ class _Loss:
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         config, n = self.config, self.batch
         x0, inside, seen = self.bank.draw(n, config, generator)
-        x_t, t, noise = diffuse(x0, self.noise_schedule, generator, config.timesteps)
+        x_t, t, noise = add_noise(x0, self.alphas_cumprod, generator, config.timesteps)
         if config.astray:
-            alpha = self.noise_schedule[t].view(-1, 1, 1, 1)
+            alpha = self.alphas_cumprod[t].view(-1, 1, 1, 1)
             x_t, noise = astray(x_t, noise, alpha, generator, config.astray, config.astray_share)
         x_t = x_t.to(self.dtype)
         template = torch.randint(len(self.text) - 1, (n,), generator=generator)

@@ -23,9 +23,8 @@ class Photo:
 
 def mask_tensors(subject: Subject, reference: Reference) -> dict[str, Tensor]:
     """What `p3s mask` wrote of a reference. Raises InputError if it is not whole."""
-    name = f"{reference.folder}/mask.safetensors"
-    sha = reference.mask.artifacts.get(name) if reference.mask else None
-    return load_tensors(subject.path(name), mask_layout(reference), sha)[0]
+    sha = reference.mask.artifacts.get(reference.mask_file) if reference.mask else None
+    return load_tensors(subject.path(reference.mask_file), mask_layout(reference), sha)[0]
 
 
 def read_photos(subject: Subject) -> list[Photo]:
@@ -42,7 +41,7 @@ def read_originals(subject: Subject) -> list[Photo]:
     photos = []
     for reference in subject.manifest.references:
         tensors = mask_tensors(subject, reference)
-        pixels = images.to_tensor(images.load_image(subject.path(f"{reference.folder}/photo.png")))
+        pixels = images.to_tensor(images.load_image(subject.path(reference.photo_file)))
         photos.append(Photo(pixels, tensors["subject"].bool()))
     return photos
 
@@ -50,6 +49,7 @@ def read_originals(subject: Subject) -> list[Photo]:
 def crops(subject: Subject, size: int) -> Tensor:
     """Square crops (K, 3, size, size) around the subject, one of each original reference.
 
-    What a person would cut out for a method that cannot be told which of two things is meant.
+    What a person would cut out for a method that cannot be told which of two things is meant. Beyond the photo's edge
+    its outermost pixels go on: a mirror would show the subject twice.
     """
-    return torch.stack([look(p.pixels, close_view(p.mask), size) for p in read_originals(subject)])
+    return torch.stack([look(p.pixels, close_view(p.mask), size, "border") for p in read_originals(subject)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from p3s_cli.methods.denoising import Bank, noise_of
+from p3s_cli.methods.denoising import LatentBank, noise_of
 from p3s_cli.sd import sample, text
 from p3s_cli.sd.family import Family
 
@@ -28,11 +28,11 @@ def class_images(family: Family, prompt: str, n: int, steps: int, seed: int) -> 
         scheduler = sample.build_scheduler("ddim", family.scheduler_config)
         states_of = states.expand(len(batch), -1, -1)
         shape = (family.unet.config.in_channels, side, side)
-        made.append(sample.sample(eps, states_of, empty, scheduler, batch, shape, steps, guidance))
+        made.append(sample.sample(eps, states_of, empty, scheduler, batch, shape, steps=steps, guidance=guidance))
     return torch.cat(made).float()
 
 
-def prior(family: Family, prompt: str, n: int, steps: int, seed: int, batch: int, weight: float) -> Bank:
+def prior(family: Family, prompt: str, n: int, steps: int, seed: int, batch: int, weight: float) -> LatentBank:
     """What prior preservation draws from: `batch` of n class images under their own prompt, with its weight."""
     states = text.encode(family.tokenizer, family.text_encoder, [prompt])
-    return Bank(class_images(family, prompt, n, steps, seed), states, batch, weight)
+    return LatentBank(class_images(family, prompt, n, steps, seed), states, batch, weight)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
-from p3s_cli.methods.base import Generator, Learnt, Lesson, register, settled
-from p3s_cli.methods.denoising import Denoising, Part, noise_of
+from p3s_cli.methods.base import Generator, Heed, Learnt, Lesson, register, settled
+from p3s_cli.methods.denoising import Denoising, SubBatch, noise_of
 from p3s_cli.methods.photos import crops
 from p3s_cli.methods.words import NewWord
 from p3s_cli.sd import images
@@ -43,6 +43,7 @@ class TextualInversion:
 
     name = "textual-inversion"
     given: Literal["crop"] = "crop"
+    heeds: frozenset[Heed] = frozenset()
 
     def recipe(self, profile: Profile, config: FinetuneConfig) -> TextualInversionRecipe:
         return settled(TextualInversionRecipe(), self.name, profile, config)
@@ -56,10 +57,10 @@ class TextualInversion:
         latents = images.encode(family.vae, torch.cat((seen, seen.flip(-1))))
         prompts = [t.format(words.name) for t in TEMPLATES]
 
-        def draw(generator: torch.Generator) -> Part:
+        def draw(generator: torch.Generator) -> SubBatch:
             chosen = torch.randint(len(latents), (r.batch,), generator=generator)
             template = torch.randint(len(prompts), (r.batch,), generator=generator)
-            return Part(latents[chosen], word.encode([prompts[i] for i in template]))
+            return SubBatch(latents[chosen], word.encode([prompts[i] for i in template]))
 
         loss = Denoising(family, family.unet, [draw])  # through which gradients pass, and which they leave as it is
         recipe = Recipe(r.steps, r.lr, r.weight_decay, seed=lesson.config.seed)

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
-from p3s_cli.methods.base import Generator, Learnt, Lesson, register
+from p3s_cli.methods.base import Generator, Heed, Learnt, Lesson, register
 from p3s_cli.methods.denoising import noise_of, states_of
 from p3s_cli.sd.family import Family, Profile
 
@@ -27,6 +27,7 @@ class Untuned:
 
     name = "untuned"
     given: Literal["nothing"] = "nothing"
+    heeds: frozenset[Heed] = frozenset()
 
     def recipe(self, profile: Profile, config: FinetuneConfig) -> UntunedRecipe:
         return UntunedRecipe()

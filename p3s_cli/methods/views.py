@@ -70,7 +70,7 @@ def _around(mask: Tensor, side: float) -> View:
 def random_view(base: View, mask: Tensor, generator: torch.Generator) -> View:
     """A view in which the subject is elsewhere, larger or smaller, a little turned, perhaps mirrored.
 
-    The subject's centre lands anywhere in the middle 60 % of the view.
+    The subject's centre lands in the middle 68 % of the view: 60 % before the turn.
     """
     u = torch.rand(5, generator=generator).tolist()
     side = base.side * (0.75 + 0.65 * u[0])
@@ -85,7 +85,8 @@ def look_mask(mask: Tensor, view: View, size: int | tuple[int, int]) -> Tensor:
 
 
 def look(image: Tensor, view: View, size: int | tuple[int, int], beyond: str = "reflection") -> Tensor:
-    """Resample (C, H, W) through the view to (C, size, size); beyond the photo's edge it is mirrored, or zeros.
+    """Resample (C, H, W) through the view to (C, size, size); beyond the photo's edge it is mirrored, or `zeros`, or
+    its `border` goes on.
 
     A `size` (height, width) that is no square shows the view's square and more along its longer side.
     """

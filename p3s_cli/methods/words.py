@@ -59,6 +59,11 @@ class NewWord:
         """Text states (B, 77, D), float32, through which gradients flow to `row`."""
         return text.states(self.tokenizer, self.text_encoder, [self.spell(p) for p in prompts])
 
+    def place(self, prompt: str) -> int:
+        """Which of the text states of `encode` is the new word's. Raises ValueError if the prompt does not say it."""
+        ids = self.tokenizer(self.spell(prompt)).input_ids
+        return ids.index(self.tokenizer.convert_tokens_to_ids(self.name))
+
     def learnt(self, row: Tensor, strength: float, dtype: torch.dtype) -> NewWord:
         """Set the word at begin + strength (row - begin), and the text encoder to `dtype`, for sampling."""
         with torch.no_grad():

@@ -42,7 +42,7 @@ def fill_region(subject: Tensor, negative: Tensor, margin: float) -> Tensor:
     return torch.from_numpy(distance <= margin) & ~subject
 
 
-def diffuse(image: Tensor, region: Tensor, seed: int = 0) -> Tensor:
+def harmonic_fill(image: Tensor, region: Tensor, seed: int = 0) -> Tensor:
     """The classical filler: every pixel of the region takes the smooth (harmonic) blend of its border.
 
     Solved coarse to fine by repeated averaging, so that it also copes with regions of half a photo,
@@ -86,7 +86,7 @@ def remove_negative(
     before = region_similarity(embed(image), region, positive)
     candidates = [("model", seed + k) for k in range(attempts)] if filler else []
     for name, s in [*candidates, ("classical", seed)]:
-        filled = (filler if name == "model" else diffuse)(image, region, s)
+        filled = (filler if name == "model" else harmonic_fill)(image, region, s)
         filled = torch.where(region, filled, image)
         after = region_similarity(embed(filled), region, positive)
         if after < before:

@@ -25,8 +25,8 @@ Point = tuple[float, float]
 class Selection:
     """What eq. 1-2 make of the points.
 
-    Maps (H_p, W_p) float32; masks (H, W) bool. `warnings` are sentences: a lowered threshold, a map
-    without contrast, a full mask, two masks that overlap. `confidence` in [0, 1]: `separability`.
+    Maps (H_p, W_p) float32; masks (H, W) bool. `warnings` are sentences: a lowered threshold, a full
+    mask, two masks that overlap. `confidence` in [0, 1]: `separability`.
     """
 
     positive_map: Tensor
@@ -107,8 +107,6 @@ def select(
         if not points:
             masks.append(torch.zeros(size, dtype=torch.bool))
             continue
-        if float(wanted.max() - wanted.min()) < 1e-3:
-            warnings.append(f"the similarity map of the {name} point has no contrast; its mask means little")
         score = contrast_map(wanted, unwanted, config.sigma)
         confidence = min(confidence, separability(score.numpy()))
         score = F.interpolate(score[None, None], size=size, mode="bilinear", align_corners=False)[0, 0].numpy()

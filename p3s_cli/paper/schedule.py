@@ -33,14 +33,13 @@ class LearnedWeight(nn.Module):
     last layer starts at zero, so that eps_t = 1 at every t before training, which is `fixed`.
     """
 
-    def __init__(self, T: int = WeightSchedule.T):
+    def __init__(self) -> None:
         super().__init__()
-        self.T = T
         self.mlp = nn.Sequential(nn.Linear(1, _HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, 1))
         for parameter in self.mlp[-1].parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, t: Tensor) -> Tensor:
         """Timesteps (B,) -> eps_t (B,)."""
-        u = (t / self.T)[:, None].to(self.mlp[0].weight.dtype)
+        u = (t / WeightSchedule.T)[:, None].to(self.mlp[0].weight.dtype)
         return 2 * torch.sigmoid(self.mlp(u))[:, 0]

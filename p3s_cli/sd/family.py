@@ -169,12 +169,9 @@ class Family:
         path = Path(self.profile.base)
         return path if path.is_dir() else None
 
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over the files of U-Net, VAE and text encoder: what a trained control belongs to."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
         base = Path(self.profile.base)
         if base.is_file():
             return sha256(base)

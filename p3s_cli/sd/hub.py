@@ -75,12 +75,13 @@ def from_pretrained(
     variants: Sequence[str | None] = (None,),
     remedy: str = "restore the folder",
     fetch: str = "p3s fetch",
+    otherwise: str = "--model world needs neither",
     **options: Any,
 ) -> Any:
     """`kind.from_pretrained` from a folder or the cache, else from the hub, trying each variant of the files.
 
-    `remedy` is what to do about a folder that cannot be read, `fetch` the command that brings the model. Raises InputError that says what is missing or
-    unreadable, and what to do.
+    `remedy` is what to do about a folder that cannot be read, `fetch` the command that brings the model, and `otherwise`
+    what works without. Raises InputError that says what is missing or unreadable, and what to do.
     """
     where, revision = split(source)
     options |= {n: v for n, v in (("subfolder", subfolder), ("revision", revision)) if v is not None}
@@ -92,12 +93,12 @@ def from_pretrained(
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as caught:
             error = error or caught
     if Path(where).exists():
-        raise InputError(f"{named(where, subfolder)} cannot be read ({_first_line(error)}); {remedy}") from error
+        raise InputError(f"{named(where, subfolder)} cannot be read ({first_line(error)}); {remedy}") from error
 
     def get(given: dict) -> Any:
         return kind.from_pretrained(where, **given, **options)
 
-    return _online(get, tries, named(where, subfolder), fetch)
+    return _online(get, tries, named(where, subfolder), fetch, otherwise)
 
 
 def load(kind: Any, part: Part, fetch: str = "p3s fetch", **options: Any) -> Any:
@@ -124,9 +125,15 @@ def load(kind: Any, part: Part, fetch: str = "p3s fetch", **options: Any) -> Any
     return model
 
 
-def _online(get: Callable[[dict], Any], tries: Sequence[dict], name: str, fetch: str = "p3s fetch") -> Any:
+def _online(
+    get: Callable[[dict], Any],
+    tries: Sequence[dict],
+    name: str,
+    fetch: str = "p3s fetch",
+    otherwise: str = "--model world needs neither",
+) -> Any:
     switch = " (HF_HUB_OFFLINE is set)" if offline() else ""
-    without = "" if "world" in fetch.split() else " (--model world needs neither)"
+    without = "" if "world" in fetch.split() else f" ({otherwise})"
     sentence = (
         f"{name} is not on this machine and cannot be fetched without a network{switch}; "
         f"fetch it with `{fetch}` where there is one{without}"
@@ -296,5 +303,5 @@ def _whole(file: Path) -> bool:
         return False
 
 
-def _first_line(error: Exception | None) -> str:
+def first_line(error: Exception | None) -> str:
     return str(error).strip().split("\n")[0]

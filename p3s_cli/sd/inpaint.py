@@ -15,9 +15,7 @@ from p3s_cli.sd.pipeline import pipeline
 from p3s_cli.sd.standins import Autoencoder
 
 
-def inpainting_filler(
-    family: Family, steps: int = 25, prompt: str = ""
-) -> Callable[[Tensor, Tensor, int], Tensor] | None:
+def inpainting_filler(family: Family, steps: int = 25) -> Callable[[Tensor, Tensor, int], Tensor] | None:
     """A filler over diffusers' inpainting pipeline, or None where the family has no inpainter at hand.
 
     The filler takes an image (3, H, W) in [0, 1], a region to repaint (H, W) bool and a seed; it works
@@ -36,7 +34,7 @@ def inpainting_filler(
         small = F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
         mask = F.interpolate(region.float()[None, None], size=size)[0, 0]
         filled = pipe(
-            prompt=prompt,
+            prompt="",
             image=to_pil(small),
             mask_image=to_pil(mask.expand(3, -1, -1)).convert("L"),
             height=size[0],

@@ -61,10 +61,6 @@ class Profile:
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is not the profile of a family ({first_reason(error)}); restore it") from error
 
-    def as_printed(self) -> Profile:
-        """The same, but with P3S drawn as its paper has it: injection in both halves of guidance, eq. 10's weight."""
-        return replace(self, subject_guidance=1.0, schedule="quadratic")
-
     @property
     def single(self) -> bool:
         return Path(self.base).suffix == ".safetensors"

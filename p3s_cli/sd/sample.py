@@ -133,6 +133,7 @@ def sample(
     scheduler: diffusers.SchedulerMixin,
     seeds: Sequence[int],
     shape: tuple[int, int, int],
+    *,
     steps: int,
     guidance: float,
     subject_guidance: float = 1.0,

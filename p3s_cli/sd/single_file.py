@@ -17,6 +17,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from p3s_cli.errors import InputError
+from p3s_cli.sd import hub
 
 CONFIGS = Path(__file__).parent / "profiles" / "sd15"
 _FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
@@ -47,9 +48,8 @@ def load_part(path: Path, part: str, configs: Path = CONFIGS) -> Any:
         model = kind.from_single_file(str(path), config=str(configs), subfolder=part, local_files_only=True, **options)
         return _whole(model)
     except (SingleFileComponentError, SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{path} holds no {part} of the SD v1 layout ({reason}); give a full SD v1 checkpoint or a diffusers folder"
+            f"{path} holds no {part} of the SD v1 layout ({hub.first_line(error)}); give a full SD v1 checkpoint or a diffusers folder"
         ) from error
 
 

@@ -32,7 +32,8 @@ class Recipe:
     """How long and how fast to train.
 
     `lr_scale` multiplies the rate of parameters whose name starts with a key. `half`: some of the forward pass is in
-    float16, whose small gradients would be lost; the loss is scaled for them (`torch.amp.GradScaler`).
+    float16, whose small gradients would be lost; the loss is scaled for them, by half as much after each step that is not
+    finite. (`torch.amp.GradScaler` would do it, but cannot unscale bfloat16's gradients on CUDA.)
     """
 
     steps: int
@@ -62,6 +63,7 @@ class Checkpoint:
 
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "root", "root_scale")
+_LOSS_SCALE = 2.0**16  # to begin with, as GradScaler
 _SKIPPED_IN_A_ROW = 20  # non-finite steps before a run is given up
 _RECENT = 50  # steps over which reported numbers are averaged
 
@@ -71,7 +73,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def rate_factor(recipe: Recipe, step: int) -> float:
     """The factor on the learning rate at a step: linear warm-up, then constant or a half cosine to zero."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
@@ -138,8 +140,7 @@ class _Run:
             fused = next(iter(self.parameters.values())).device.type in ("cpu", "cuda")
             self.optimizer = torch.optim.AdamW(groups, **options, fused=fused)
         self.optimizer.zero_grad()
-        device = next(iter(self.parameters.values())).device.type
-        self.scaler = torch.amp.GradScaler(device, enabled=recipe.half)
+        self.loss_scale = _LOSS_SCALE if recipe.half else 1.0
         self.base_rates = [g["lr"] for g in self.optimizer.param_groups]
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if recipe.ema else {}
         self.skipped, self.in_a_row = 0, 0  # steps that were not finite
@@ -152,13 +153,16 @@ class _Run:
         """One optimiser step; nothing changes but the counts if anything was not finite."""
         finite = bool(torch.isfinite(value))
         if finite:
-            self.scaler.scale(value).backward()
-            self.scaler.unscale_(self.optimizer)
-            self.scaler.update()  # halves the scale where a gradient is not finite
+            (value * self.loss_scale).backward()
+            if self.loss_scale != 1:  # a power of two, so nothing is rounded
+                torch._foreach_mul_(
+                    [p.grad for p in self.parameters.values() if p.grad is not None], 1 / self.loss_scale
+                )
             norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip)
             finite = bool(torch.isfinite(norm))
+            self.loss_scale = self.loss_scale if finite else max(1.0, self.loss_scale / 2)
         if finite:
-            factor = learning_rate(self.recipe, self.step)
+            factor = rate_factor(self.recipe, self.step)
             for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
                 group["lr"] = rate * factor
             self.optimizer.step()
@@ -195,7 +199,7 @@ class _Run:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"{key}/{name}"] = torch.as_tensor(value)
         counts = {"step": self.step, "skipped": self.skipped, "in_a_row": self.in_a_row}
-        counts |= {"scaler": self.scaler.state_dict()} if self.recipe.half else {}
+        counts |= {"loss_scale": self.loss_scale} if self.recipe.half else {}
         checkpoints.commit(folder, self.step, state, counts | {"recent": list(self.recent)})
 
     @torch.no_grad()
@@ -210,8 +214,8 @@ class _Run:
             raise P3SError(f"{folder} is a checkpoint of another model; remove it to begin again")
         self.step, self.skipped, self.in_a_row = (int(metadata[n]) for n in ("step", "skipped", "in_a_row"))
         self.recent.extend(metadata["recent"])
-        if "scaler" in metadata:  # not in a state that another precision left
-            self.scaler.load_state_dict(metadata["scaler"])
+        if self.recipe.half:  # another precision's state has none
+            self.loss_scale = float(metadata.get("loss_scale", _LOSS_SCALE))
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"param/{name}"])
             if name in self.ema:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from p3s_cli.atomic import read_text
-from p3s_cli.errors import InputError
+from p3s_cli.errors import InputError, first_reason
 
 
 class PhotoClicks(BaseModel):
@@ -51,9 +51,7 @@ def read_clicks(path: Path, photos: Sequence[Path]) -> list[PhotoClicks]:
         try:
             found.append(PhotoClicks.model_validate(entry))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise InputError(f"{path}: {photo.name}: {where}: {first['msg']}") from error
+            raise InputError(f"{path}: {photo.name}: {first_reason(error)}") from error
     return found
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from p3s_cli import methods
 from p3s_cli.atomic import sha256
 from p3s_cli.errors import InputError
 from p3s_cli.lock import reading
@@ -46,8 +47,8 @@ class Composition:
         )
 
     def check(self, subjects: Sequence[Subject]) -> None:
-        """Raises InputError if something joins a subject that another method than P3S was taught, or another CLIP pair."""
-        other = next((s for s in subjects if s.method != "p3s"), None)
+        """Raises InputError if something joins a subject whose method nothing can join, or one of another CLIP pair."""
+        other = next((s for s in subjects if "joined" not in methods.get(s.method).heeds), None)
         if other is not None and (self.also or self.control or self.lora):
             raise InputError(
                 f"{other.root} is tuned by {other.method}, which nothing can join; leave out --also, --control "

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,9 +14,7 @@ from torch import Tensor
 from p3s_cli import __version__, methods
 from p3s_cli import config as settings
 from p3s_cli.errors import P3SError
-from p3s_cli.methods.base import Generator, Learnt
-from p3s_cli.methods.binding import Part
-from p3s_cli.methods.p3s import P3S
+from p3s_cli.methods.base import Generator, Joining, Learnt, SubjectPart
 from p3s_cli.sd import a1111, controlnet, images, lora, safety, sample
 from p3s_cli.sd.family import Family
 from p3s_cli.stages.composition import Composition
@@ -93,12 +92,12 @@ def _latents(
         sample.build_scheduler(sampling.scheduler, order.family.scheduler_config),
         seeds,
         (order.family.unet.config.out_channels, height // 8, width // 8),
-        sampling.steps,
-        sampling.guidance,
-        sampling.subject_guidance,
-        on_step,
-        controlnet.speaker(guides),
-        sampling.reuse,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        subject_guidance=sampling.subject_guidance,
+        on_step=on_step,
+        control=controlnet.speaker(guides),
+        reuse=sampling.reuse,
     )
 
 
@@ -126,12 +125,12 @@ def parameters(order: Order, seed: int) -> str:
 
 
 def _bound(order: Order) -> AbstractContextManager[Generator]:
-    """The subject under the method it was tuned with; several, under P3S."""
-    family, subject = order.family, order.subject
-    if subject.method == "p3s":
-        parts = [Part.of(Learnt.read(s), strength) for s, strength in ((subject, 1.0), *order.joined.also)]
-        return P3S().bind_many(family, parts, order.sampling)
-    return methods.get(subject.method).bind(family, Learnt.read(subject), order.sampling)
+    """The subject under the method it was tuned with, and what joins it."""
+    family, method, first = order.family, methods.get(order.subject.method), Learnt.read(order.subject)
+    if not order.joined.also:
+        return method.bind(family, first, order.sampling)
+    parts = [SubjectPart(first), *(SubjectPart(Learnt.read(s), strength) for s, strength in order.joined.also)]
+    return cast(Joining, method).bind_many(family, parts, order.sampling)  # `Composition.check` has seen to it
 
 
 def _step_report(report: Progress, first: int, count: int, total: int) -> Callable[[int, int], None]:

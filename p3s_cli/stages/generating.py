@@ -13,6 +13,7 @@ from p3s_cli import methods
 from p3s_cli.errors import InputError
 from p3s_cli.lock import one_writer
 from p3s_cli.methods.memory import choose, within
+from p3s_cli.methods.sampling import settled
 from p3s_cli.sd import images, sample, text
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
@@ -77,8 +78,8 @@ def generate(
     (`cat=0.8`; the prompt then says [V1], [V2], ...), `control` ControlNets (`canny=edges.png=0.7`), `lora`
     LoRAs (`style.safetensors=0.6`), `size` is `WIDTHxHEIGHT`, `references` how many of each subject's
     references are shown to it. They are made by the method the subject was tuned with; `schedule`, `also`,
-    `control`, `lora` and `references` are P3S's alone. At `reuse` steps in a row the copy's features are the same,
-    and so is what guidance subtracts; 1 makes everything at every step. `compiled` (P3S's) costs minutes once a
+    `control`, `lora` and `references` are P3S's alone. The copy, and the guidance pass without the subject,
+    run at every `reuse`-th step only; 1 runs them at every step. `compiled` (P3S's) costs minutes once a
     process and is for GPUs. Steps, scheduler and `reuse` default to
     `config.PACES`, with `fast` to the quicker one; `schedule` and both strengths to the
     family's; a subject tuned by the preset `paper` has the copy run at every step, s_i = 1 and the quadratic schedule, where
@@ -96,21 +97,20 @@ def generate(
     asked = dict(guidance=guidance, subject_guidance=subject_guidance, strength=strength, references=references)
     asked |= dict(negative_prompt=negative_prompt, size=parse_size(size), compiled=compiled)
     paced = dict(steps=steps, scheduler=scheduler, reuse=reuse)
-    sampling = _sampling(settings.PACES[fast], paced, schedule or "quadratic", asked)
+    sampling = _sampling(settings.PACES[fast], paced, schedule, asked)
     for one in subjects:
         one.check_masks()
         one.tuned()
     tuned = subject.tuned()
     if reuse is None and not fast and subject.as_printed:
         sampling = replace(sampling, reuse=1)
-    methods.get(subject.method)
     joined.check(subjects)
-    _check_options(subject.method, sampling)
+    _check_heeded(subject.method, schedule=schedule is not None, references=references > 1, compiled=compiled)
     report("loading the models", 0, 1)
     family = family or load(model or tuned.settings["base"], device, dtype, tuned.settings.get("vision"))
     for one in subjects:
-        one.check_control(family.fingerprint())
-    sampling = _settled(sampling, family, subject, schedule)
+        one.check_control(family.fingerprint)
+    sampling = settled(sampling, family.profile, subject, schedule)
     order = Order(family, subject, joined, prompt, words, sampling, safety_checker)
     warnings = text.check_words(family.tokenizer, prompt, negative_prompt, identifiers)
     seeds = tuple(range(seed, seed + n))
@@ -137,7 +137,7 @@ def generate(
 
 
 def _sampling(
-    pace: settings.Pace, paced: dict[str, Any], schedule: str, asked: dict[str, Any]
+    pace: settings.Pace, paced: dict[str, Any], schedule: str | None, asked: dict[str, Any]
 ) -> settings.GenerateConfig:
     """What was asked for, and the pace's own where nothing was. Raises InputError for what cannot be."""
     own = settings.as_settings(pace) | {name: value for name, value in paced.items() if value is not None}
@@ -147,31 +147,16 @@ def _sampling(
     for value in (config.guidance, config.subject_guidance, config.strength):
         if value is not None and not math.isfinite(value):
             raise InputError(f"{value} is no strength; give --guidance, --subject-guidance and --strength as numbers")
-    config = settings.with_schedule(config, schedule)
     sample.check_scheduler(config.scheduler)
-    return config
+    return config if schedule is None else settings.with_schedule(config, schedule)
 
 
-def _check_options(method: str, sampling: settings.GenerateConfig) -> None:
-    """Raises InputError if another method than P3S is asked for what its copy alone has, and would not heed."""
-    if method == "p3s":
-        return
-    fresh = settings.GenerateConfig()
-    options = {"--schedule": "schedule", "--references": "references", "--compile": "compiled"}
-    given = [option for option, name in options.items() if getattr(sampling, name) != getattr(fresh, name)]
+def _check_heeded(method: str, **asked: bool) -> None:
+    """Raises InputError if the method is asked for what it would not heed."""
+    options = {"schedule": "--schedule", "references": "--references", "compiled": "--compile"}
+    given = [options[name] for name, wanted in asked.items() if wanted and name not in methods.get(method).heeds]
     if given:
         raise InputError(f"{method} has no use for {' and '.join(given)}, which only p3s heeds; leave that out")
-
-
-def _settled(
-    sampling: settings.GenerateConfig, family: Family, subject: Subject, schedule: str | None
-) -> settings.GenerateConfig:
-    """With the family's strengths and schedule where none were asked for; the subject's are P3S's, whose copy they are for."""
-    ours = subject.method == "p3s" and not subject.as_printed
-    own = family.profile if ours else family.profile.as_printed()
-    config = settings.with_schedule(sampling, schedule or own.schedule)
-    names = ("guidance", "subject_guidance")
-    return replace(config, **{n: getattr(own, n) for n in names if getattr(config, n) is None})
 
 
 def _record(order: Order) -> dict[str, Any]:
@@ -184,5 +169,6 @@ def _record(order: Order) -> dict[str, Any]:
         "sampling": sampling,
         "control": tuned.artifacts,
         "base": tuned.settings["base_fingerprint"],
+        "dtype": str(order.family.dtype).removeprefix("torch."),
         "safety_checker": order.safety_checker,
     } | order.joined.record()

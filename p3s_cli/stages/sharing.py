@@ -72,7 +72,7 @@ def export_subject(
         subject.check_masks()
         tuned = subject.tuned()
         family = family or load(model or tuned.settings["base"], device, vision=tuned.settings.get("vision"))
-        subject.check_control(family.fingerprint())
+        subject.check_control(family.fingerprint)
         if subject.method != "p3s":
             raise InputError(f"{subject.root} is tuned by {subject.method}; only what p3s learnt is exported")
         report("factorising", 0, 1)
@@ -125,7 +125,7 @@ def import_subject(
     report("loading the models", 0, 1)
     tuned = described.finetune
     family = family or load(model or tuned["base"], device, vision=tuned.get("vision"))
-    theirs, ours = tuned["base_fingerprint"], family.fingerprint()
+    theirs, ours = tuned["base_fingerprint"], family.fingerprint
     if theirs != ours:
         raise InputError(
             f"{file} was made on another base model ({theirs[:12]}, not {ours[:12]}); name that model with --model"
@@ -213,7 +213,7 @@ def _shapes(tuned: dict, family: Family) -> dict[str, torch.Size]:
 
 def _reference(file: Path, subject: Subject, folder: Path, parts: dict[str, Tensor], i: int, kept: _Kept) -> Reference:
     reference = Reference(**kept.model_dump(exclude={"mask"}))
-    name, layout = f"{reference.folder}/mask.safetensors", mask_layout(reference)
+    name, layout = reference.mask_file, mask_layout(reference)
     found = {n: parts[f"reference/{i}/{n}"] for n in layout}
     try:
         unpacked = {n: _unpacked(t, layout[n][1]) if t.dtype == torch.uint8 else t for n, t in found.items()}

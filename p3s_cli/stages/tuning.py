@@ -30,7 +30,7 @@ _CHECKPOINT = "control/.checkpoint-"
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """`loss` is the mean over the last 50 steps; `skipped` counts steps that were not finite and changed nothing."""
+    """`loss` is the denoising loss, a mean over the last 50 steps; `skipped` counts steps that were not finite and changed nothing."""
 
     subject: Path
     steps: int
@@ -79,14 +79,18 @@ def finetune(
     family = family or load(model or subject.manifest.model, device, dtype, vision)
     check_base(family)
     profile, saving = choose(memory, family.profile, family.device, family.dtype)
+    if family.device == "cpu" and (family.dtype, saving.masters) == (torch.float16, "bfloat16"):
+        raise InputError(
+            f"memory profile {profile} trains in bfloat16, which a CPU cannot mix with float16; use --dtype bfloat16"
+        )
     config = settings.FinetuneConfig(
         control or settings.preset(preset)[1], steps, lr, seed=seed, memory=saving, compiled=compiled
     )
     recipe = teacher.recipe(family.profile, config)
-    if compiled and not getattr(recipe, "compiled", False):
+    if compiled and "compiled" not in teacher.heeds:
         raise InputError(f"{method} has no step to compile; leave out --compile")
     options = _options(method, recipe, memory, family)
-    inputs = subject.finetune_inputs(family.fingerprint())
+    inputs = subject.finetune_inputs(family.fingerprint)
     done = subject.manifest.finetune
     same = done and (done.inputs, done.settings, done.seed) == (inputs, options, seed)
     if done and same and not force and subject.intact(done, CONTROL) and done.told(_Made):
@@ -105,7 +109,7 @@ def finetune(
         with exact(deterministic):
             return profile, teacher.fit(Lesson(family, subject, replace(config, memory=saving), on_step, checkpoint))
 
-    (profile, tensors), trouble = within(profile, saving, fit, heeded=hasattr(recipe, "memory"))
+    (profile, tensors), trouble = within(profile, saving, fit, heeded="memory" in teacher.heeds)
     halves = _halves(tensors)
     result = {"loss": numbers.get("denoising", 0.0), "skipped": int(numbers.get("skipped", 0)), "memory": profile}
     result["warnings"] = [trouble] if trouble else []
@@ -124,7 +128,7 @@ def _options(method: str, recipe: Any, memory: str, family: Family) -> dict[str,
     # how a machine got there is no reason to tune again, only which memory profile was asked for
     for how in ("memory", "compiled"):
         config.pop(how, None)
-    base = {"base_fingerprint": family.fingerprint(), "base": family.source, "vision": family.profile.clip}
+    base = {"base_fingerprint": family.fingerprint, "base": family.source, "vision": family.profile.clip}
     return {"method": method, "config": config, "memory": memory} | base
 
 

@@ -92,7 +92,7 @@ def sample_instance(rng: random.Random, category: str | None = None, colour: str
 
 
 def lookalike(rng: random.Random, of: Instance) -> Instance:
-    """Another individual of the same category that a careless eye takes for `of`, but differs in colour."""
+    """Another individual of the category of `of`, of another named colour and another pattern."""
     while True:
         other = sample_instance(rng, of.category)
         if other.colour != of.colour and other.pattern != of.pattern:

@@ -38,16 +38,16 @@ def _ellipse(x, y, w, h, material=BODY, degrees=0.0) -> Primitive:
     return Primitive("ellipse", x, y, w, h, degrees, 0.0, material)
 
 
-def _box(x, y, w, h, material=BODY, radius=0.06, degrees=0.0) -> Primitive:
-    return Primitive("box", x, y, w, h, degrees, radius, material)
+def _box(x, y, w, h, material=BODY, radius=0.06) -> Primitive:
+    return Primitive("box", x, y, w, h, 0.0, radius, material)
 
 
 def _wedge(x, y, w, h, material=BODY, top=0.0, degrees=0.0) -> Primitive:
     return Primitive("wedge", x, y, w, h, degrees, top, material)
 
 
-def _ring(x, y, w, h, material=SECOND, thickness=0.09) -> Primitive:
-    return Primitive("ring", x, y, w, h, 0.0, thickness, material)
+def _ring(x, y, w, h) -> Primitive:
+    return Primitive("ring", x, y, w, h, 0.0, 0.09, SECOND)
 
 
 ANATOMY: dict[str, Anatomy] = {

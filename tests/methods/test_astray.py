@@ -2,7 +2,7 @@
 
 import torch
 
-from p3s_cli.methods.denoising import astray, diffuse
+from p3s_cli.methods.denoising import add_noise, astray
 
 SCHEDULE = torch.linspace(0.999, 0.005, 1000)
 
@@ -10,7 +10,7 @@ SCHEDULE = torch.linspace(0.999, 0.005, 1000)
 def made(share: float, size: float = 0.7):
     x0 = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
-    x_t, t, noise = diffuse(x0, SCHEDULE, generator)
+    x_t, t, noise = add_noise(x0, SCHEDULE, generator)
     alpha = SCHEDULE[t].view(-1, 1, 1, 1)
     return x0, alpha, (x_t, noise), astray(x_t, noise, alpha, generator, size, share)
 

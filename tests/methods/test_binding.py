@@ -5,8 +5,9 @@ import tiny
 import torch
 
 from p3s_cli import stages
-from p3s_cli.config import GenerateConfig, read_control
-from p3s_cli.methods.binding import Bound, Part
+from p3s_cli.config import GenerateConfig
+from p3s_cli.methods.base import Learnt, SubjectPart
+from p3s_cli.methods.binding import Bound
 from p3s_cli.paper.model import connected
 from p3s_cli.sd.family import load
 from p3s_cli.sd.weights import load_tensors
@@ -20,7 +21,7 @@ def tuned(tmp_path_factory):
     made = stages.mask(tiny.photo(folder / "two.png"), ["18,32"], ["46,32"], folder / "it", "thing", family=family)
     stages.finetune(made.subject, steps=1, family=family)
     tensors, metadata = load_tensors(folder / "it/control/control.safetensors")
-    return family, Part(Subject.open(folder / "it"), tensors, read_control(metadata["config"]))
+    return family, SubjectPart(Learnt(Subject.open(folder / "it"), tensors, metadata["config"]))
 
 
 def trajectory(family, bound: Bound, times: list[int]) -> list[list]:
@@ -64,4 +65,4 @@ def test_a_subject_binds_to_a_family_of_which_nothing_is_loaded_yet(tuned):
     """The control is made on the meta device, where no model can be read; it ends with the tuned tensors alone."""
     family, part = tuned
     control = Bound.build(load(family.source, "cpu"), part, GenerateConfig()).control
-    assert all(torch.equal(control.state_dict()[n], t.float()) for n, t in part.tensors.items())
+    assert all(torch.equal(control.state_dict()[n], t.float()) for n, t in part.learnt.tensors.items())

@@ -1,21 +1,25 @@
 """What the rivals minimise, on fixed draws and in closed form."""
 
 import copy
+import json
 
 import torch
+from diffusers import UNet2DConditionModel
 from rivals import bound, noise
 
 from p3s_cli.config import FinetuneConfig
 from p3s_cli.methods import denoising
 from p3s_cli.methods.base import Lesson
-from p3s_cli.methods.break_a_scene import Scenes
+from p3s_cli.methods.break_a_scene import Scenes, _Attention, _layers
 from p3s_cli.methods.custom_diffusion import _Own
-from p3s_cli.methods.denoising import Bank, Denoising, Part, noise_schedule, partly_trained, training_copy
+from p3s_cli.methods.denoising import Denoising, LatentBank, SubBatch, alphas_cumprod, partly_trained, training_copy
 from p3s_cli.methods.dreambooth import DreamBooth, DreamBoothRecipe
 from p3s_cli.methods.words import NewWord
+from p3s_cli.paper.injection import attention_seam
 from p3s_cli.paper.losses import denoising_loss
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family
+from p3s_cli.sd.single_file import CONFIGS
 from p3s_cli.sd.train import step_generator
 
 
@@ -24,13 +28,13 @@ def test_prior_preservation_is_the_sum_of_two_means(family):
     g = torch.Generator().manual_seed(0)
     own, others = torch.randn(2, 4, 16, 16, generator=g), torch.randn(3, 4, 16, 16, generator=g)
     one, two = text.encode(family.tokenizer, family.text_encoder, ["a photo of a sks dog", "a photo of a dog"]).split(1)
-    loss = Denoising(family, family.unet, [Bank(own, one, 2), Bank(others, two, 3, weight=0.7)])
+    loss = Denoising(family, family.unet, [LatentBank(own, one, 2), LatentBank(others, two, 3, weight=0.7)])
     value, _ = loss(0, step_generator(0, 4))
     g = step_generator(0, 4)
     i, j = torch.randint(2, (2,), generator=g), torch.randint(3, (3,), generator=g)
     t = torch.randint(1000, (5,), generator=g)
     noise = torch.randn(5, 4, 16, 16, generator=g)
-    a = noise_schedule(family)[t].view(-1, 1, 1, 1)
+    a = alphas_cumprod(family)[t].view(-1, 1, 1, 1)
     x_t = a**0.5 * torch.cat((own[i], others[j])) + (1 - a) ** 0.5 * noise
     error = lambda k, states: (family.unet(x_t[k], t[k], states).sample - noise[k]).square().mean()  # noqa: E731
     expected = error(slice(2), one.expand(2, -1, -1)) + 0.7 * error(slice(2, 5), two.expand(3, -1, -1))
@@ -85,6 +89,42 @@ def test_break_a_scene_keeps_the_text_encoder_that_it_tunes_by_class_images_as_w
     assert (kept(step_generator(0, 0)).states - before).abs().max() > 1e-3
 
 
+def test_break_a_scene_s_attention_loss_is_nil_where_the_word_attends_to_the_subject_alone(family, subject):
+    """||mask - map / max||^2 by hand: nil for the mask's own shape however faint, and the uncovered share for none of it."""
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 4:12, 2:9] = 1.0
+    part = SubBatch(torch.zeros(1, 4, 16, 16), torch.zeros(1, 77, 8), mask)
+    word, attends = torch.eye(77)[5], _Attention(place=5, weight=0.5)
+
+    def maps(shape: torch.Tensor) -> dict[str, torch.Tensor]:  # of two layers with a head each, (1, 1, 256, 77)
+        return {name: 0.3 * shape.flatten(1)[:, None, :, None] * word for name in "ab"}
+
+    assert attends([part], maps(mask)) == 0
+    outside = maps(1 - mask)
+    assert attends([part], outside) == 0.5  # every position is wrong by one
+
+
+def test_break_a_scene_reads_the_layers_of_16_x_16_of_sd_v1_5_and_changes_no_prediction(family, subject):
+    with torch.device("meta"):
+        full = UNet2DConditionModel.from_config(json.loads((CONFIGS / "unet" / "config.json").read_text()))
+    names = _layers(full)
+    assert {".".join(n.split(".")[:2]) for n in names} == {"down_blocks.2", "up_blocks.1"} and len(names) == 2 + 3
+    latents, states = torch.zeros(2, 4, 16, 16), torch.zeros(1, 77, 128)
+    sources, watched = [LatentBank(latents, states, 2)], _layers(family.unet)
+    plain = Denoising(family, family.unet, sources)(0, step_generator(0, 0))[0]
+    heard = {}
+    with attention_seam(family.unet, "copy"):
+        beside = Denoising(family, family.unet, sources, watched, lambda _, maps: heard.update(maps) or torch.ones(()))
+        torch.testing.assert_close(beside(0, step_generator(0, 0))[0], plain + 1)
+    assert heard.keys() == watched and {m.shape[2:] for m in heard.values()} == {(256, 77)}
+
+
+def test_a_new_word_knows_its_place(family, subject):
+    word = NewWord(family, subject.manifest, instead_of_class=True)
+    ids = word.tokenizer(word.spell(f"a photo of a {subject.manifest.name}")).input_ids
+    assert word.place(f"a photo of a {subject.manifest.name}") == len(ids) - 2  # the last but the end
+
+
 def test_custom_diffusion_s_own_loss_is_that_of_diffusers_example(family, subject):
     """mean over views of sum (m error) / sum m, m one channel and the error four, however large each view is."""
     word = NewWord(family, subject.manifest, instead_of_class=False)
@@ -100,7 +140,7 @@ def test_custom_diffusion_s_own_loss_is_that_of_diffusers_example(family, subjec
 def test_parts_without_a_mask_and_with_a_full_one_are_the_same(family):
     g = torch.Generator().manual_seed(0)
     latents, states = torch.randn(1, 4, 16, 16, generator=g), torch.randn(1, 77, 128, generator=g)
-    parts = Part(latents, states), Part(latents, states, torch.ones(1, 1, 16, 16))
+    parts = SubBatch(latents, states), SubBatch(latents, states, torch.ones(1, 1, 16, 16))
     plain, full = (denoising.Denoising(family, family.unet, [lambda g, p=p: p])(0, step_generator(0, 0)) for p in parts)
     torch.testing.assert_close(plain[0], full[0])
 

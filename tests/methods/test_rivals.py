@@ -119,7 +119,7 @@ def test_untuned_is_the_plain_diffusers_pipeline_without_the_identifier(family, 
     with bound("untuned", family, subject, {}) as generator:
         states, empty = generator.encode(["a [V] dog on the beach", ""]).split(1)
         scheduler = sample.build_scheduler("ddim", family.scheduler_config)
-        latents = sample.sample(generator.eps, states, empty, scheduler, [5], (4, 16, 16), 3, 4.0)
+        latents = sample.sample(generator.eps, states, empty, scheduler, [5], (4, 16, 16), steps=3, guidance=4.0)
     torch.testing.assert_close(images.decode(family.vae, latents), theirs.images, atol=1e-4, rtol=0)
 
 

@@ -1,6 +1,8 @@
 """Views: where a pixel of the photo ends up."""
 
+import pytest
 import torch
+from scipy import ndimage
 
 from p3s_cli.methods.views import View, base_view, centred_view, look, look_mask, random_view
 
@@ -35,13 +37,28 @@ def test_the_base_view_is_the_largest_square_around_the_subject():
     assert base_view(mask).side == 50  # wider than any square inside: the whole photo, padded
 
 
-def test_random_views_keep_the_subjects_centre_in_sight():
+def test_random_views_keep_the_subjects_centre_in_their_middle():
+    """0.3 of the side from the middle before the turn of 8 degrees at most, so 0.3 (cos 8 + sin 8) = 0.339 after it."""
     mask = torch.zeros(64, 64, dtype=torch.bool)
-    mask[28:36, 10:18] = True
-    g = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        shown = look(mask.float()[None], random_view(base_view(mask), mask, g), 64)[0] > 0.5
-        assert shown.any()
+    mask[28:36, 20:28] = True
+    g, furthest = torch.Generator().manual_seed(0), 0.0
+    for _ in range(200):
+        shown = look_mask(mask, random_view(base_view(mask), mask, g), 64)[0]
+        at = [(shown.sum(d) * (torch.arange(64) + 0.5)).sum() / shown.sum() / 64 - 0.5 for d in (0, 1)]
+        furthest = max(furthest, *(abs(a) for a in at))
+    assert 0.28 < furthest < 0.339 + 1 / 64
+
+
+@pytest.mark.parametrize("beyond", ["border", "zeros"])
+def test_beyond_the_edge_there_is_no_second_subject(beyond):
+    """A view of a whole wide photo shows more than there is, above and below; a mirror would show the subject there."""
+    photo = torch.zeros(1, 30, 60)
+    photo[:, 5:25, 9:49] = 1.0
+    shown = look(photo, View(30, 15, 60), 60, beyond)[0] > 0.5
+    assert (
+        ndimage.label(shown.numpy())[1] == 1
+        and ndimage.label((look(photo, View(30, 15, 60), 60)[0] > 0.5).numpy())[1] == 3
+    )
 
 
 def test_a_view_of_another_shape_shows_its_square_and_more_along_the_longer_side():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from p3s_cli.config import PAPER_CONTROL, ControlConfig, read_control
-from p3s_cli.methods.denoising import diffuse
+from p3s_cli.methods.denoising import add_noise
 from p3s_cli.sd import text
 
 
@@ -48,7 +48,7 @@ def test_cubic_steps_have_the_mean_of_their_density_and_uniform_ones_theirs():
     schedule, x0 = torch.linspace(0.999, 0.01, 1000), torch.zeros(4000, 1, 1, 1)
     means = {}
     for kind in ("uniform", "cubic"):
-        _, t, _ = diffuse(x0, schedule, torch.Generator().manual_seed(0), kind)
+        _, t, _ = add_noise(x0, schedule, torch.Generator().manual_seed(0), kind)
         assert 0 <= t.min() and t.max() < 1000
         means[kind] = t.float().mean().item()
     # E[u] = 1/2, E[1 - u^3] = 3/4; the standard error of 4,000 draws is below 5 steps

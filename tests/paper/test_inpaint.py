@@ -2,7 +2,7 @@
 
 import torch
 
-from p3s_cli.paper.inpaint import diffuse, fill_region, region_similarity, remove_negative
+from p3s_cli.paper.inpaint import fill_region, harmonic_fill, region_similarity, remove_negative
 
 
 def halves(size=32):
@@ -35,10 +35,10 @@ def test_classical_filler_restores_a_flat_colour_and_a_linear_ramp_and_touches_n
     region = torch.zeros(40, 40, dtype=torch.bool)
     region[15:25, 15:25] = True
     hole = torch.where(region, torch.rand(3, 40, 40), ramp)
-    filled = diffuse(hole, region)
+    filled = harmonic_fill(hole, region)
     assert (filled - ramp).abs().max() < 0.05  # a ramp is harmonic, so it is its own best fill
     assert torch.equal(filled[:, ~region], ramp[:, ~region])
-    flat = diffuse(torch.full((3, 40, 40), 0.3), region)
+    flat = harmonic_fill(torch.full((3, 40, 40), 0.3), region)
     assert (flat - 0.3).abs().max() < 1e-5
 
 

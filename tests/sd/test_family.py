@@ -63,7 +63,7 @@ def test_the_precision_left_open_is_one_that_the_card_computes_in(monkeypatch):
 def test_a_diffusers_folder_brings_its_own_profile(world):
     family = load(world.profile.base)
     assert family.profile == world.profile
-    assert family.fingerprint() == world.fingerprint()
+    assert family.fingerprint == world.fingerprint
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "vision"])
@@ -136,10 +136,10 @@ def test_the_fingerprint_is_that_of_the_files_in_use(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "family")
     for other in ("non_ema.safetensors", "fp16.safetensors", "bin"):
         (folder / f"unet/diffusion_pytorch_model.{other}").write_bytes(b"of no account")
-    own = load(str(tiny_folder), "cpu").fingerprint()
-    assert load(str(folder), "cpu").fingerprint() == own
+    own = load(str(tiny_folder), "cpu").fingerprint
+    assert load(str(folder), "cpu").fingerprint == own
     (folder / "vae/config.json").write_text((folder / "vae/config.json").read_text() + " ")
-    assert load(str(folder), "cpu").fingerprint() != own
+    assert load(str(folder), "cpu").fingerprint != own
 
 
 def test_keys_of_older_files_are_those_of_the_same_tensors(tiny_folder, tiny_family, tmp_path):
@@ -266,7 +266,7 @@ def test_another_clip_pair_can_take_the_family_s_place(world, tmp_path):
     family = load("world", vision=str(tmp_path))
     image = torch.rand(1, 3, 96, 128)
     torch.testing.assert_close(family.vision.tokens(image), world.vision.tokens(image))
-    assert family.fingerprint() == world.fingerprint()  # the base is the same
+    assert family.fingerprint == world.fingerprint  # the base is the same
     assert world.mask_tower(str(tmp_path)).width == world.vision.width  # and so it can be for the masks alone
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     ViTModel(ViTConfig(image_size=32, patch_size=8, **small)).save_pretrained(tmp_path / "vit")

@@ -81,7 +81,7 @@ def test_a_pinned_family_loads_from_the_cache_and_another_revision_does_not(worl
         torch.equal(a, b)
         for a, b in zip(family.unet.state_dict().values(), world.unet.state_dict().values(), strict=True)
     )
-    assert family.fingerprint() == world.fingerprint() and family.vision.width == world.vision.width
+    assert family.fingerprint == world.fingerprint and family.vision.width == world.vision.width
     with pytest.raises(InputError, match="tiny/world/unet is not on this machine"):
         _ = load("tiny/world@v2").unet
 

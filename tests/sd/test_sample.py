@@ -87,8 +87,8 @@ def test_ddim_with_guidance_equals_the_diffusers_pipeline(world):
             build_scheduler("ddim", world.scheduler_config),
             [3, 4],
             (4, 16, 16),
-            5,
-            5.0,
+            steps=5,
+            guidance=5.0,
         )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
 
@@ -99,7 +99,8 @@ def test_every_scheduler_denoises_and_gives_each_seed_the_same_image_in_any_batc
     def run(seeds):
         eps = lambda x, t, s, _: 0.5 * x  # noqa: E731
         states = torch.zeros(len(seeds), 77, 8)
-        return sample(eps, states, states[:1], build_scheduler(name, world.scheduler_config), seeds, (4, 8, 8), 4, 1.0)
+        scheduler = build_scheduler(name, world.scheduler_config)
+        return sample(eps, states, states[:1], scheduler, seeds, (4, 8, 8), steps=4, guidance=1.0)
 
     assert torch.equal(run([5, 6, 7])[1:2], run([6]))
 

@@ -50,7 +50,7 @@ def test_swapping_points_swaps_masks_and_the_order_of_clicks_does_not_matter(see
     assert np.array_equal(won.subject, reordered.subject)
 
 
-def test_without_a_negative_click_the_background_is_the_negative():
+def test_without_a_negative_click_the_background_alone_competes_and_nothing_is_negative():
     features, plan = scene()
     won = compete(features, [at(5, 5), at(9, 5)], [], CONFIG)
     assert not won.negative.any() and overlap(won.subject, np.isin(plan, (2, 3))) > 0.8
