@@ -71,7 +71,7 @@ def subject_case(directory: Path, tower: VisionTower, prompts: Sequence[str]) ->
     real, masked, other = [], [], []
     for reference in subject.manifest.references:
         tensors = mask_tensors(subject, reference)
-        photo = images.to_tensor(images.load_image(subject.path(f"{reference.folder}/photo.png")))
+        photo = images.to_tensor(images.load_image(subject.path(reference.photo_file)))
         chosen, negative = tensors["subject"].bool(), tensors["negative"].bool()
         real.append(_portrait(tensors["inpainted"].float() / 255, chosen))
         masked.append(_portrait(photo * chosen, chosen))
@@ -90,4 +90,4 @@ def first_finder(directory: Path, tower: VisionTower) -> Finder:
 
 def _portrait(photo: Tensor, mask: Tensor) -> Image.Image:
     """The square around what is masked."""
-    return images.to_pil(look(photo, close_view(mask), _PORTRAIT).clamp(0, 1))
+    return images.to_pil(look(photo, close_view(mask), _PORTRAIT, "border").clamp(0, 1))

@@ -14,6 +14,7 @@ from p3s_cli.sd import images
 from p3s_cli.sd.vision import VisionTower
 from p3s_cli.segment.select import select
 
+_HOW = MaskConfig()
 _KEPT = 256  # masks
 
 
@@ -24,7 +25,7 @@ class Finder:
         self._tower, self._found = tower, {}
         shown = (photo * 255).round().to(torch.uint8), mask.to(torch.uint8)
         seen = b"".join(part.contiguous().numpy().tobytes() for part in shown)
-        self.digest = hashlib.sha256(seen + tower.fingerprint.encode()).hexdigest()[:12]
+        self.digest = hashlib.sha256(seen + f"{tower.fingerprint}{_HOW}".encode()).hexdigest()[:12]
         features = tower.patches(photo)
         inside = F.interpolate(mask[None, None].float(), size=features.shape[:2], mode="area")[0, 0] > 0.5
         inside = inside if inside.any() else torch.ones_like(inside)
@@ -47,7 +48,7 @@ class Finder:
         smooth = F.avg_pool2d(alike[None, None], 3, stride=1, padding=1, count_include_pad=False)[0, 0]
         row, column = divmod(int(smooth.argmax()), smooth.shape[1])
         click = ((column + 0.5) / smooth.shape[1], (row + 0.5) / smooth.shape[0])
-        return select(pixels, features, [click], [], MaskConfig()).subject
+        return select(pixels, features, [click], [], _HOW).subject
 
     def blackened(self, picture: Image.Image) -> Image.Image:
         """The picture with everything but the subject black."""

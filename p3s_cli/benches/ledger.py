@@ -22,8 +22,8 @@ class Ledger:
         self.path, self._numbers = path, _numbers(path)
         self._known = [self._numbers, *map(_numbers, others)]
 
-    def add(self, kind: str, name: str, seconds: float) -> None:
-        self._numbers.setdefault(kind, {})[name] = round(seconds, 3)
+    def add(self, kind: str, name: str, value: float) -> None:
+        self._numbers.setdefault(kind, {})[name] = round(value, 3)
         self._write()
 
     def drop(self, kind: str, name: str) -> None:
@@ -41,8 +41,10 @@ class Ledger:
         return next((found[kind][name] for found in self._known if name in found.get(kind, {})), None)
 
     def mean(self, kind: str) -> float | None:
-        values = [value for found in self._known for value in found.get(kind, {}).values()]
-        return sum(values) / len(values) if values else None
+        values: dict[str, float] = {}
+        for found in reversed(self._known):  # of what several files say, the run's own
+            values |= found.get(kind, {})
+        return sum(values.values()) / len(values) if values else None
 
 
 def _numbers(path: Path) -> dict[str, dict[str, float]]:

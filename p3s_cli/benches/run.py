@@ -30,6 +30,8 @@ from p3s_cli.methods import pace
 from p3s_cli.sd.family import Family
 from p3s_cli.subject import CONTROL, Subject, digest
 
+_SAME_BUDGET = 0.1  # steps are counted anew for a budget that differs by more; P3S's mean moves with every case
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -170,11 +172,13 @@ class Run:
         budget = budget_of(self._ledger)
         if budget is None:
             raise InputError("equal time is P3S's own, which this run has not measured; let p3s take part, first")
-        kind = f"steps/{entry.tuning}"
+        kind, of = f"steps/{entry.tuning}", f"budget/{entry.tuning}"
         known = self._ledger.of(kind, case.name) or self._ledger.mean(kind)
-        if known is None:
-            known = pace.measure(entry.method, self.family, Subject.open(directory)).steps(budget)
-        self._ledger.add(kind, case.name, int(known))  # each case's own, for shards measure apart
+        then = self._ledger.of(of, case.name) or self._ledger.mean(of) or budget
+        if known is None or abs(then / budget - 1) > _SAME_BUDGET:
+            known, then = pace.measure(entry.method, self.family, Subject.open(directory)).steps(budget), budget
+        for what, value in ((kind, int(known)), (of, then)):  # each case's own, for shards measure apart
+            self._ledger.add(what, case.name, value)
         return int(known)
 
 
@@ -198,7 +202,7 @@ def _copy_control(source: Path, target: Path, method: str, family: Family) -> bo
     """
     owned, subject = Subject.open(source), Subject.open(target)
     stage = owned.manifest.finetune
-    here = {"base_fingerprint": family.fingerprint(), "vision": family.profile.clip}
+    here = {"base_fingerprint": family.fingerprint, "vision": family.profile.clip}
     if stage is None or owned.method != method or not here.items() <= stage.settings.items():
         return False
     owned.check_control(here["base_fingerprint"])
@@ -218,8 +222,10 @@ class _Watch:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what.startswith("tuning"):
-            self._last = (time.monotonic(), done)
-            self._first = self._first or self._last
+            now = (time.monotonic(), done)
+            if self._first is None or done > self._last[1] + 1:  # steps at once come from a checkpoint
+                self._first = now
+            self._last = now
 
     def seconds(self) -> float | None:
         """None if too few steps were left to tell."""

@@ -50,7 +50,7 @@ def cases(folder: Path, family: Family, numbers: Iterable[int], seed: int = 0, q
     made = []
     for k in numbers:
         category = CATEGORIES[k % len(CATEGORIES)]
-        number = FIRST_SCENE + 1_000 * seed + k
+        number = _number(k, seed)
         scene = lookalike_scene(number, category)
         name = f"{k:02d}-{category}" + (f"-seed-{seed}" if seed else "")
         show = functools.partial(_show, folder, name, scene, number, family)
@@ -90,24 +90,35 @@ def _truth(directory: Path, family: Family, scene: Scene, seed: int) -> Truth:
     return Truth(directory.name, real, strangers, masked, text, first_finder(directory, family.vision))
 
 
-def _portraits(instance: Instance, seed: int) -> tuple[tuple[Image.Image, ...], tuple[Image.Image, ...]]:
+def _number(k: int, seed: int) -> int:
+    """The seed of the k-th scene of the bench with this seed."""
+    return FIRST_SCENE + 1_000 * seed + k
+
+
+def _first_view(number: int) -> int:
+    """The first of a hundred seeds for true pictures of a scene's two."""
+    return _FIRST_VIEW + 100 * (number - FIRST_SCENE)
+
+
+def _portraits(instance: Instance, number: int) -> tuple[tuple[Image.Image, ...], tuple[Image.Image, ...]]:
     """The individual truly drawn alone, in other places and poses; and the same with everything else black."""
-    views = [solo(instance, _FIRST_VIEW + 100 * (seed - FIRST_SCENE) + k) for k in range(_VIEWS)]
+    views = [solo(instance, _first_view(number) + k) for k in range(_VIEWS)]
     pixels, masks = render(views)
     return tuple(map(images.to_pil, pixels)), tuple(map(images.to_pil, pixels * masks[:, :1]))
 
 
-def calibration(case: Case, number: int, seed: int, folder: Path) -> dict[str, list[Result]]:
-    """True pictures as if they were results: of the chosen one (the ceiling) and of the look-alike (the floor)."""
-    scene = lookalike_scene(FIRST_SCENE + 1_000 * seed + number, CATEGORIES[number % len(CATEGORIES)])
+def calibration(case: Case, k: int, seed: int, folder: Path) -> dict[str, list[Result]]:
+    """True pictures as if they were results: of scene k's chosen one (the ceiling) and of its look-alike (the floor)."""
+    number = _number(k, seed)
+    scene, first = lookalike_scene(number, CATEGORIES[k % len(CATEGORIES)]), _first_view(number) + _VIEWS
     lines = {}
     for name, placed in zip(CALIBRATION, scene.subjects, strict=True):
         lines[name] = []
-        for k, prompt in enumerate(case.prompts):
+        for i, prompt in enumerate(case.prompts):
             place = next(label.split("/")[1] for label in prompt.labels if label.startswith("background/"))
             worn = next(label.split("/")[1] for label in prompt.labels if label.startswith("accessory/"))
-            view = solo(placed.instance, _FIRST_VIEW + 90 + k, place, None if worn == BARE else worn)
-            path = folder / name.replace(" ", "-") / f"{case.name}-{k:02d}.png"
+            view = solo(placed.instance, first + i, place, None if worn == BARE else worn)
+            path = folder / name.replace(" ", "-") / f"{case.name}-{i:02d}.png"
             images.save_png(path, images.to_pil(render([view])[0][0]))
-            lines[name].append(Result(path, sha256(path), prompt.plain, k, prompt.labels))
+            lines[name].append(Result(path, sha256(path), prompt.plain, i, prompt.labels))
     return lines

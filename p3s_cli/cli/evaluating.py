@@ -37,7 +37,8 @@ def evaluate(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="World: 3 of 12 subjects, 4 of 12 prompts, 20 steps.")] = False,
     strength: Annotated[
-        list[float] | None, typer.Option(help="World: draw at this strength, too, for the trade-off plot. Repeatable.")
+        list[float] | None,
+        typer.Option(min=0, help="World: draw at this strength, too, for the trade-off plot. Repeatable."),
     ] = None,
     protocol: Annotated[
         str | None, typer.Option(help="dreambooth, p3s, kosmos-g or world; default the family's.")

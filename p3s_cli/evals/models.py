@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, CLIPModel, CLIPTokenizer
 
 from p3s_cli.errors import InputError
+from p3s_cli.sd import hub
 
 _BATCH = 32
 
@@ -166,13 +166,7 @@ def _load_model(kind, where: str, device: str, command: str = "p3s fetch"):
 
 def _load(kind, where: str, command: str, **options):
     """From a folder, or `owner/name[@revision]` in the hub's cache or on the hub."""
-    source, _, revision = where.partition("@")
-    if revision and not Path(where).is_dir():
-        where, options = source, options | {"revision": revision}
-    try:
-        return kind.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"the metric model {where} is not on this machine and could not be fetched; run `{command}` where there "
-            "is a network, or choose another --protocol"
-        ) from error
+    otherwise = "or choose another --protocol"
+    return hub.from_pretrained(
+        kind, where, remedy=f"restore it, {otherwise}", fetch=command, otherwise=otherwise, **options
+    )

@@ -1,4 +1,4 @@
-"""scores.jsonl -> a terminal table, and one HTML page that needs nothing beside it. Reads files only."""
+"""Rows and their means -> a terminal table, and one HTML page with the pictures in it. Opens pictures only."""
 
 from __future__ import annotations
 

@@ -52,6 +52,7 @@ class Row:
             self.metric,
             self.protocol,
             self.fingerprint,
+            self.preprocessing,
         )
 
 

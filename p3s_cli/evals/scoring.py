@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -82,6 +82,7 @@ class Judge:
             for key, (where, how) in protocol.models.items()
         }
         self._device = device
+        self._kept: dict[tuple, tuple[Tensor, tuple[Image.Image, ...]]] = {}  # vectors of the truth's pictures
 
     @cached_property
     def models(self) -> dict[str, MetricModel]:
@@ -116,11 +117,10 @@ class Judge:
             if missing:
                 scores = self._scores(metric, truth, [results[i] for i in missing])
                 for i, score in zip(missing, scores, strict=True):
-                    yield self._row(method, truth, results[i], metric, reference, score)
+                    yield replace(rows[i], score=score)
 
-    def _row(
-        self, method: str, truth: Truth, result: Result, metric: Metric, reference: str, score: float = 0.0
-    ) -> Row:
+    def _row(self, method: str, truth: Truth, result: Result, metric: Metric, reference: str) -> Row:
+        """All of a row but its score."""
         model, read = self.models[metric.model], metric.against == "labels"
         return Row(
             method=method,
@@ -132,7 +132,7 @@ class Judge:
             reference=reference,
             metric=metric.name,
             protocol=self.protocol.name,
-            score=score,
+            score=0.0,
             model=model.name,
             fingerprint=(self.reader if read else model).fingerprint,
             preprocessing=str(model.preprocessing),
@@ -181,10 +181,6 @@ class Judge:
         if key not in self._kept:
             self._kept[key] = (model.images(pictures), pictures)  # the pictures are kept so that ids stay theirs
         return self._kept[key][0]
-
-    @cached_property
-    def _kept(self) -> dict:
-        return {}
 
     def _found(self, pictures: Sequence[Image.Image], results: Sequence[Result]) -> list[float]:
         """Share of the asked labels that the reader finds on top of their groups."""

@@ -1,7 +1,7 @@
 """Every row of the ablation table switches what it names, and nothing else does."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,8 +12,7 @@ from p3s_cli.benches.entries import Entry, ablations
 from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, WeightSchedule
 from p3s_cli.errors import InputError
 from p3s_cli.evals.metrics import intersection_over_union
-from p3s_cli.methods.base import Lesson
-from p3s_cli.methods.binding import Part
+from p3s_cli.methods.base import Learnt, Lesson, SubjectPart
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.methods.photos import mask_tensors, read_originals, read_photos
 from p3s_cli.sd.family import load
@@ -141,7 +140,7 @@ def test_a_learned_weight_is_what_sampling_by_it_injects_with(case, tiny_family,
         moved = tensors | {k: torch.zeros_like(v) for k, v in tensors.items() if k.startswith("weighting.mlp.2")}
         moved["weighting.mlp.2.bias"] = torch.tensor([bias])
         sampling = GenerateConfig(schedule=WeightSchedule(kind))
-        part = Part(made, moved, ControlConfig(learned_weight=True))
+        part = SubjectPart(Learnt(made, moved, {"control": asdict(ControlConfig(learned_weight=True))}))
         with P3S().bind_many(tiny_family, [part], sampling) as bound, torch.no_grad():
             return bound.eps(x, t, bound.encode(["a [V] dog"]), True)
 

@@ -149,7 +149,7 @@ def test_rows_of_earlier_settings_stay_in_the_file_and_out_of_the_means(subject)
 
 
 def test_a_metric_model_that_is_missing_is_said_before_anything_is_tuned(subject):
-    with pytest.raises(InputError, match="run `p3s fetch dreambooth`"):
+    with pytest.raises(InputError, match="with `p3s fetch dreambooth`"):
         evaluate(subject, protocol_name="dreambooth")
     assert not (subject / "eval").exists()
 
@@ -161,6 +161,12 @@ def test_measured_seconds_that_are_damaged_are_one_sentence(tmp_path, text):
         Ledger(tmp_path / "measured.json")
 
 
+def test_of_what_two_files_say_of_one_case_the_run_s_own_counts_and_once(tmp_path):
+    for name, seconds in (("other", {"a": 100.0, "b": 20.0}), ("own", {"a": 40.0})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"tune/p3s": seconds}))
+    assert Ledger(tmp_path / "own.json", [tmp_path / "other.json"]).mean("tune/p3s") == 30.0
+
+
 def test_two_evaluations_of_one_subject_do_not_mix(subject):
     with writing(subject, "p3s eval"), pytest.raises(P3SError, match="is being written by p3s eval, process"):
         evaluate(subject)
@@ -168,12 +174,22 @@ def test_two_evaluations_of_one_subject_do_not_mix(subject):
 
 def test_a_tuning_that_goes_on_counts_as_if_it_had_been_seen_whole(monkeypatch):
     """Steps 6 to 10 in 10 s after 3 s of setup: the five before them took 10 s more."""
-    clock = iter([100.0, 103.0, 113.0, 114.0])
+    clock = iter([100.0, 103.0, 105.0, 107.0, 109.0, 111.0, 113.0, 114.0])
     monkeypatch.setattr(running.time, "monotonic", lambda: next(clock))
     watch = running._Watch()
-    watch("tuning, loss 1", 5, 10)
-    watch("tuning, loss 1", 10, 10)
+    for done in range(5, 11):
+        watch("tuning, loss 1", done, 10)
     assert watch.seconds() == pytest.approx(14.0 + 10.0)
+
+
+def test_a_tuning_whose_second_half_goes_on_counts_so_too(monkeypatch):
+    """Of 8 steps the first half's 4 come back at once, then 2 of the second's; the last 2 take 1 s each."""
+    clock = iter([0.0, 0.0, 0.0, 1.0, 2.0, 2.0])
+    monkeypatch.setattr(running.time, "monotonic", lambda: next(clock))
+    watch = running._Watch()
+    for done in (4, 6, 7, 8):
+        watch("tuning, loss 1", done, 8)
+    assert watch.seconds() == pytest.approx(8.0)
 
 
 def test_a_tuning_from_the_first_step_on_is_timed_as_it_was(monkeypatch):
@@ -197,6 +213,13 @@ def test_equal_time_is_p3ss_own_tuning_time_and_the_table_says_so(subject, monke
     outcome = run.evaluate(entries, [case])
     assert heard == [None, 40]  # (21 - 1) / 0.5
     assert outcome.budget == 21.0 and outcome.equal_steps == {"lora, equal time": 40}
+    heard.clear()
+    run._ledger.add(f"tune/{entries[0].tuning}", case.name, 22.0)  # a mean that moved a little: the same budget
+    run.evaluate(entries[1:], [case])
+    run._ledger.add(f"tune/{entries[0].tuning}", case.name, 11.0)  # P3S has become twice as fast
+    run.evaluate(entries[1:], [case])
+    assert heard == [40, 20]
+    run._ledger.add(f"tune/{entries[0].tuning}", case.name, 21.0)
     result = finish(run, entries, outcome, "title", [case])
     said = "lora, equal time: 40 steps of tuning, as many as fit"
     for text in ("\n".join(result.table), result.report.read_text()):

@@ -89,7 +89,9 @@ def test_a_reader_answers_each_group_by_its_own_largest_logit(tmp_path):
 def test_a_metric_model_that_is_not_here_is_named(tmp_path):
     where, how = protocol("dreambooth").models["dino"]
     model = MetricModel(where, how, command="p3s fetch dreambooth")
-    with pytest.raises(InputError, match="dino-vits16 is not on this machine.*run `p3s fetch dreambooth`"):
+    with pytest.raises(
+        InputError, match="dino-vits16 is not on this machine.*with `p3s fetch dreambooth`.*another --protocol"
+    ):
         model.images([picture(64, 64)])
 
 

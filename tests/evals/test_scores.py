@@ -29,6 +29,7 @@ def test_rows_are_read_back_and_not_made_twice(tmp_path):
     rows.add([ROW, replace(ROW, seed=1)])
     again = Rows(tmp_path / "scores.jsonl")
     assert list(again) == list(rows) and ROW.key in again
+    assert replace(ROW, preprocessing="another").key not in again
     again.add([replace(ROW, score=0.9)])  # the key says what a score is a function of: this one is known
     assert [r.score for r in Rows(tmp_path / "scores.jsonl")] == [0.5, 0.5]
 
