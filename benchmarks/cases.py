@@ -17,12 +17,12 @@ from PIL import Image
 from scipy import ndimage
 
 from p3s_cli.sd import images
+from p3s_cli.world import seeds
 from p3s_cli.world.render import click as middle
 from p3s_cli.world.render import render
 from p3s_cli.world.scenes import lookalike_scene
 
 DATA = Path(os.environ.get("P3S_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
-FIRST_SCENE = 21_000_000
 Click = tuple[float, float]
 
 
@@ -125,7 +125,7 @@ def touching() -> Iterator[Case]:
 
 def world(count: int = 24) -> Iterator[Case]:
     for k in range(count):
-        pixels, masks = render([lookalike_scene(FIRST_SCENE + k)])
+        pixels, masks = render([lookalike_scene(seeds.PAIRS + k)])
         photo = np.asarray(images.to_pil(pixels[0]))
         for i in (0, 1):
             truth, other = masks[0, i], masks[0, 1 - i]

@@ -25,6 +25,7 @@ from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.single_file import CONFIGS
+from p3s_cli.world import seeds
 from p3s_cli.world.render import click, render
 from p3s_cli.world.scenes import lookalike_scene
 
@@ -67,8 +68,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16, 48])
     arguments = parser.parse_args()
     family, shapes = load("world"), sd15_shapes()
-    seeds = range(21_000_000 + arguments.first, 21_000_000 + arguments.first + arguments.subjects)
-    tuned = [subject(arguments.folder, seed, arguments.steps, family) for seed in seeds]
+    numbers = range(seeds.PAIRS + arguments.first, seeds.PAIRS + arguments.first + arguments.subjects)
+    tuned = [subject(arguments.folder, seed, arguments.steps, family) for seed in numbers]
     whole = [identity(*one, arguments, family) for one in tuned]
     mean = sum(whole) / len(whole)
     print(f"{time.strftime('%d %B %Y')}, world, {vars(arguments) | {'folder': '...'}}\n")

@@ -35,6 +35,7 @@ from p3s_cli.sd import images, profile  # noqa: E402
 from p3s_cli.sd.family import load  # noqa: E402
 from p3s_cli.sd.single_file import CONFIGS  # noqa: E402
 from p3s_cli.sd.vocabulary import clip_tokenizer  # noqa: E402
+from p3s_cli.world import seeds
 from p3s_cli.world.render import render  # noqa: E402
 from p3s_cli.world.scenes import lookalike_scene  # noqa: E402
 
@@ -114,7 +115,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[str]:
     work = folder / f"subject-{arguments.layout}"
     if "mask" in arguments.only:
         shutil.rmtree(work, ignore_errors=True)
-    scene = lookalike_scene(20_000_007)
+    scene = lookalike_scene(seeds.SINGLE + 7)
     photo = folder / "photo.png"
     images.save_png(photo, images.to_pil(render([scene])[0][0]))
     left, right = scene.subjects

@@ -41,6 +41,7 @@ from p3s_cli.paper.subject_copy import build_copy
 from p3s_cli.sd import images, sample, text
 from p3s_cli.sd.family import Family, load
 from p3s_cli.subject import Subject
+from p3s_cli.world import seeds
 from p3s_cli.world.render import click, render
 from p3s_cli.world.scenes import lookalike_scene
 
@@ -79,7 +80,7 @@ def scenes(folder: Path, n: int) -> list[tuple[Path, tuple, tuple]]:
     """Photos of two look-alikes, with a click on each."""
     found = []
     for i in range(n):
-        pixels, masks = render([lookalike_scene(20_000_013 + i)])
+        pixels, masks = render([lookalike_scene(seeds.SINGLE + 13 + i)])
         images.save_png(folder / f"{i}.png", images.to_pil(pixels[0]))
         found.append((folder / f"{i}.png", click(masks[0, 0]), click(masks[0, 1])))
     return found

@@ -33,9 +33,9 @@ from p3s_cli.sd.weights import load_tensors
 from p3s_cli.world.readers import GROUPS, true_labels
 from p3s_cli.world.render import click, render
 from p3s_cli.world.scenes import BACKGROUNDS, Scene, caption, lookalike_scene, sample_instance, sample_scene, solo
+from p3s_cli.world.seeds import PROMPTS
 from p3s_cli.world.shapes import CATEGORIES
 
-FIRST = 50_000_000  # seeds from here on were never trained on
 BARS = {
     "psnr_db": 26.0,
     "clip_category": 0.97,
@@ -125,7 +125,7 @@ def generated(family: Family, of: list[Scene], steps: int, guidance: float, batc
         captions = [caption(s, 0, full=True) for s in of[i : i + batch]]
         states = text.encode(family.tokenizer, family.text_encoder, [*captions, ""])
         scheduler = sample.build_scheduler("ddim", family.scheduler_config)
-        seeds = range(FIRST + i, FIRST + i + len(captions))
+        seeds = range(PROMPTS + i, PROMPTS + i + len(captions))
         shape, how = (4, side, side), {"steps": steps, "guidance": guidance}
         latents = sample.sample(eps, states[:-1], states[-1:], scheduler, seeds, shape, **how)
         yield from images.decode(family.vae, latents)
@@ -133,9 +133,9 @@ def generated(family: Family, of: list[Scene], steps: int, guidance: float, batc
 
 def identity(family: Family, encoder: MetricModel, individuals: int) -> dict[str, float]:
     """ROC AUC of cosines, same individual against another of its category, on renders and after a round trip."""
-    rng = random.Random(FIRST)
+    rng = random.Random(PROMPTS)
     who = [sample_instance(rng, CATEGORIES[k % len(CATEGORIES)]) for k in range(individuals)]
-    pixels = [drawn([solo(w, FIRST + 2 * k + view) for k, w in enumerate(who)]) for view in (0, 1)]
+    pixels = [drawn([solo(w, PROMPTS + 2 * k + view) for k, w in enumerate(who)]) for view in (0, 1)]
     back = [images.decode(family.vae, images.encode(family.vae, p)) for p in pixels]
     scores = {}
     for name, (first, second) in (("identity_auc", pixels), ("identity_auc_decoded", back)):
@@ -148,7 +148,7 @@ def identity(family: Family, encoder: MetricModel, individuals: int) -> dict[str
 
 def masks(family: Family, count: int) -> dict[str, float]:
     """Mean IoU of the subject's mask: one click on a lone subject, one on each of two look-alikes."""
-    single, pairs = scenes(count, 1, FIRST + 500_000), [lookalike_scene(FIRST + 600_000 + k) for k in range(count)]
+    single, pairs = scenes(count, 1, PROMPTS + 500_000), [lookalike_scene(PROMPTS + 600_000 + k) for k in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         return {
             "mask_iou_single": fmean(_mask_iou(family, Path(folder) / f"s{k}", s) for k, s in enumerate(single)),
@@ -187,7 +187,7 @@ def main() -> None:
         kind(str(family.folder / models[key][0]), models[key][1], family.device)
         for kind, key in ((LabelReader, "labels"), (MetricModel, "identity"))
     )
-    one, two = scenes(args.prompts, 1, FIRST), scenes(max(1, args.prompts // 4), 2, FIRST + 100_000)
+    one, two = scenes(args.prompts, 1, PROMPTS), scenes(max(1, args.prompts // 4), 2, PROMPTS + 100_000)
     found = autoencoder(family, one[:256]) | zero_shot(family, one)
     made = pil(torch.stack(list(generated(family, one, args.steps, args.guidance))))
     found |= judged(reader, made, one, named=True)

@@ -145,6 +145,12 @@ class Subject:
             self.path(n).is_file() and sha256(self.path(n)) == h for n, h in stage.artifacts.items()
         )
 
+    def holds(self, done: Stage | None, wanted: Stage, needed: str, kind: type[BaseModel]) -> bool:
+        """Whether this is what is wanted, with its files intact and a record that `kind` describes."""
+        if done is None or (done.inputs, done.settings, done.seed) != (wanted.inputs, wanted.settings, wanted.seed):
+            return False
+        return self.intact(done, needed) and done.told(kind) is not None
+
     # What each stage depends on. A hash that differs from the one its record holds makes the record stale.
 
     def mask_inputs(self, reference: Reference, settings: dict) -> str:

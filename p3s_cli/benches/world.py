@@ -16,14 +16,12 @@ from p3s_cli.benches.entries import References
 from p3s_cli.evals.scoring import Result, Truth
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
+from p3s_cli.world import seeds
 from p3s_cli.world.readers import BARE
 from p3s_cli.world.render import click, render
 from p3s_cli.world.scenes import BACKGROUNDS, PHOTO_SIZE, Instance, Scene, again, describe, lookalike_scene, solo
 from p3s_cli.world.shapes import CATEGORIES
 
-FIRST_SCENE = 40_000_000  # far from any training seed, and from the demo's
-_FIRST_VIEW = 41_000_000
-_FIRST_PHOTO = 42_000_000
 CALIBRATION = ("true pictures", "true look-alike")
 _VIEWS = 16  # true pictures of each individual
 _DRESSED = (
@@ -60,10 +58,13 @@ def cases(folder: Path, family: Family, numbers: Iterable[int], seed: int = 0, q
     return made
 
 
-def _show(folder: Path, name: str, scene: Scene, seed: int, family: Family, references: References) -> Path:
+def _show(folder: Path, name: str, scene: Scene, number: int, family: Family, references: References) -> Path:
     """The subject directory of a case, masked as asked; further photos show the same two elsewhere."""
     directory = folder / "-".join(filter(None, (name, references.name)))
-    scenes = [scene, *(again(scene, _FIRST_PHOTO + 10 * (seed - FIRST_SCENE) + k) for k in range(1, references.photos))]
+    scenes = [
+        scene,
+        *(again(scene, seeds.BENCH_PHOTOS + 10 * (number - seeds.BENCH) + k) for k in range(1, references.photos)),
+    ]
     pixels, masks = render(scenes, size=PHOTO_SIZE)
     for k in range(references.photos):
         photo = folder / f"{name}{f'-{k}' if k else ''}.png"
@@ -83,21 +84,21 @@ def _show(folder: Path, name: str, scene: Scene, seed: int, family: Family, refe
     return directory
 
 
-def _truth(directory: Path, family: Family, scene: Scene, seed: int) -> Truth:
+def _truth(directory: Path, family: Family, scene: Scene, number: int) -> Truth:
     chosen, other = (s.instance for s in scene.subjects)
-    (real, masked), (strangers, _) = (_portraits(instance, seed) for instance in (chosen, other))
-    text = describe(scene.subjects[1], random.Random(seed), full=True)
+    (real, masked), (strangers, _) = (_portraits(instance, number) for instance in (chosen, other))
+    text = describe(scene.subjects[1], random.Random(number), full=True)
     return Truth(directory.name, real, strangers, masked, text, first_finder(directory, family.vision))
 
 
 def _number(k: int, seed: int) -> int:
     """The seed of the k-th scene of the bench with this seed."""
-    return FIRST_SCENE + 1_000 * seed + k
+    return seeds.BENCH + 1_000 * seed + k
 
 
 def _first_view(number: int) -> int:
     """The first of a hundred seeds for true pictures of a scene's two."""
-    return _FIRST_VIEW + 100 * (number - FIRST_SCENE)
+    return seeds.BENCH_VIEWS + 100 * (number - seeds.BENCH)
 
 
 def _portraits(instance: Instance, number: int) -> tuple[tuple[Image.Image, ...], tuple[Image.Image, ...]]:

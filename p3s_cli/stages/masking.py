@@ -99,7 +99,7 @@ def mask(
         if not inpaint:
             options["inpaint"] = False
         stage = Stage(inputs=subject.mask_inputs(reference, options), settings=options, seed=seed, artifacts={})
-        unchanged = not force and _is_made(subject, reference, stage)
+        unchanged = not force and subject.holds(reference.mask, stage, reference.mask_file, _Made)
         with subject.changing() as folder:
             if not unchanged:
                 report("finding the masks", 1, 3)
@@ -113,13 +113,6 @@ def mask(
         result = _result(subject, reference, unchanged)
         drawn = (work.write_maps(subject, reference, picture),) if maps else ()
         return replace(result, pictures=(*result.pictures, *drawn))
-
-
-def _is_made(subject: Subject, reference: Reference, stage: Stage) -> bool:
-    done = reference.mask
-    if not done or (done.inputs, done.settings, done.seed) != (stage.inputs, stage.settings, stage.seed):
-        return False
-    return subject.intact(done, reference.mask_file) and done.told(_Made) is not None
 
 
 class _Made(BaseModel):

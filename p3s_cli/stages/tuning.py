@@ -91,11 +91,10 @@ def finetune(
         raise InputError(f"{method} has no step to compile; leave out --compile")
     options = _options(method, recipe, memory, family)
     inputs = subject.finetune_inputs(family.fingerprint)
-    done = subject.manifest.finetune
-    same = done and (done.inputs, done.settings, done.seed) == (inputs, options, seed)
-    if done and same and not force and subject.intact(done, CONTROL) and done.told(_Made):
+    wanted = Stage(inputs=inputs, settings=options, seed=seed, artifacts={})
+    if not force and subject.holds(subject.manifest.finetune, wanted, CONTROL, _Made):
         _remove_checkpoints(subject)
-        return _result(subject, recipe.steps, done, True)
+        return _result(subject, recipe.steps, subject.tuned(), True)
     numbers: dict[str, float] = {}
 
     def on_step(step: int, total: int, means: dict[str, float]) -> None:
@@ -115,9 +114,8 @@ def finetune(
     result["warnings"] = [trouble] if trouble else []
     with subject.changing() as folder:
         save_tensors(folder / CONTROL, halves, options)
-        subject.manifest.finetune = Stage(
-            inputs=inputs, settings=options, seed=seed, artifacts=hashes(folder, CONTROL), result=result
-        )
+        made = {"artifacts": hashes(folder, CONTROL), "result": result}
+        subject.manifest.finetune = wanted.model_copy(update=made)
     _remove_checkpoints(subject)
     return _result(subject, recipe.steps, subject.manifest.finetune, False)
 

@@ -19,6 +19,7 @@ from p3s_cli.sd.family import load
 from p3s_cli.sd.profile import find
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.subject import Subject
+from p3s_cli.world import seeds
 from p3s_cli.world.render import render
 from p3s_cli.world.scenes import PHOTO_SIZE, lookalike_scene
 
@@ -51,7 +52,7 @@ def case(tmp_path_factory, tiny_family):
     """The first held-out scene and its true masks."""
     (made,) = bench.cases(tmp_path_factory.mktemp("cases"), tiny_family, [0], quick=True)
     assert made.name == "00-dog"
-    return made, render([lookalike_scene(bench.FIRST_SCENE, "dog")], size=PHOTO_SIZE)[1][0]
+    return made, render([lookalike_scene(seeds.BENCH, "dog")], size=PHOTO_SIZE)[1][0]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
 from p3s_cli.world import models
-from p3s_cli.world.recipe.workshop import BATCH, STEPS, Workshop
+from p3s_cli.world.recipe.workshop import LENGTH, Workshop
 from p3s_cli.world.scenes import SIZE, Wording, caption, sample_scene
 
 
@@ -78,7 +78,7 @@ class _Glimpse:
 
     def __init__(self, shop: Workshop, stage: str, clip: CLIPModel, share: Callable[[float], float]):
         self._shop, self._clip, self._share = shop, clip, share
-        self._steps = shop.steps or STEPS[stage]
+        self._steps = shop.steps or LENGTH[stage].steps
         self._patches = (SIZE // clip.config.vision_config.patch_size) ** 2
 
     def __call__(self, index: Tensor, step: int, generator: torch.Generator) -> Tensor:
@@ -138,7 +138,7 @@ def _contrast(
     def loss(step: int, generator: torch.Generator):
         wording = wordings[int(torch.randint(len(wordings), (1,), generator=generator))]
         one_place = wording != "place" and torch.rand(1, generator=generator).item() < alike
-        index = (shop.pool.draw_alike if one_place else shop.pool.draw)(BATCH[stage], generator)
+        index = (shop.pool.draw_alike if one_place else shop.pool.draw)(LENGTH[stage].batch, generator)
         captions = shop.pool.captions(index, generator, wording)
         tokens = tokenizer(captions, padding=True, return_tensors="pt").to(shop.device)
         with shop.autocast():

@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from p3s_cli.sd.weights import load_tensors, save_tensors
 from p3s_cli.world import models
-from p3s_cli.world.recipe.workshop import BATCH, Pool, Workshop
+from p3s_cli.world.recipe.workshop import LENGTH, Pool, Workshop
 from p3s_cli.world.shapes import PATTERNS
 
 
@@ -163,10 +163,10 @@ def _denoise(
     teacher = Teacher(shop, unet)
     shelf = Shelf(shop, shop.pool, "latents")
     fours = Shelf(shop, shop.patterns, "latents_patterns") if alike else None
-    together = int(alike * BATCH[stage])
+    together = int(alike * LENGTH[stage].batch)
 
     def loss(step: int, generator: torch.Generator):
-        batch = shelf.draw(BATCH[stage] - together, detail, generator)
+        batch = shelf.draw(LENGTH[stage].batch - together, detail, generator)
         if fours:
             batch = batch + fours.draw_alike(together, generator)
         x, target = teacher.states(batch)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import ResNetForImageClassification
 
 from p3s_cli.world.readers import GROUPS, LABELS, build_identity_encoder, build_label_reader, true_labels
-from p3s_cli.world.recipe.workshop import BATCH, Workshop
+from p3s_cli.world.recipe.workshop import LENGTH, Workshop
 from p3s_cli.world.render import render
 from p3s_cli.world.scenes import ACCESSORIES, CATEGORIES, Scene, sample_instance, solo
 
@@ -40,7 +40,7 @@ def _label(shop: Workshop, stage: str, reader: ResNetForImageClassification) -> 
     decoded = _decode(shop, shop.pool.images[again])
 
     def loss(step: int, generator: torch.Generator):
-        half = BATCH[stage] // 2
+        half = LENGTH[stage].batch // 2
         plain = few[torch.randint(len(few), (half,), generator=generator)]
         passed = torch.randint(len(again), (half,), generator=generator)
         pixels = torch.cat((shop.pool.images[plain], decoded[passed]))
@@ -62,7 +62,7 @@ def stage_identity(shop: Workshop) -> None:
     portraits = _portraits(shop)
 
     def loss(step: int, generator: torch.Generator):
-        n = BATCH["identity"] // 2
+        n = LENGTH["identity"].batch // 2
         kind = int(torch.randint(len(CATEGORIES), (1,), generator=generator))
         who = torch.randperm(_INDIVIDUALS // len(CATEGORIES), generator=generator)[:n] * len(CATEGORIES) + kind
         views = torch.rand(n, _PORTRAITS, generator=generator).argsort(1)[:, :2]

@@ -17,7 +17,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from p3s_cli.world.readers import GROUPS, LABELS
 from p3s_cli.world.recipe.denoiser import Shelf, Teacher
 from p3s_cli.world.recipe.readers import misread, settle, true_vectors
-from p3s_cli.world.recipe.workshop import BATCH, Workshop
+from p3s_cli.world.recipe.workshop import LENGTH, Workshop
 from p3s_cli.world.scenes import Scene, caption
 
 _READ = 16_000  # scenes of either pool whose predictions are kept, to learn to read
@@ -39,7 +39,7 @@ def stage_reward(shop: Workshop) -> None:
     latents, t, truth = (torch.cat(parts) for parts in zip(*pairs, strict=True))
 
     def loss(step: int, generator: torch.Generator):
-        index = torch.randint(len(latents), (BATCH["reward"],), generator=generator)
+        index = torch.randint(len(latents), (LENGTH["reward"].batch,), generator=generator)
         shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
         x = latents[index] + 0.05 * torch.randn(latents[index].shape, generator=generator)
         x = torch.roll(F.pad(x, (1, 1, 1, 1), mode="replicate"), shift, (2, 3))[..., 1:-1, 1:-1]
@@ -69,7 +69,7 @@ def stage_unet_reward(shop: Workshop) -> None:
     def loss(step: int, generator: torch.Generator):
         if not own or step % _ROUND == 0:
             own[:] = [Walks(teacher, shelf.pool.scenes, generator)]
-        batch = shelf.draw(BATCH["unet_reward"] - _OWN, 0.5, generator)
+        batch = shelf.draw(LENGTH["unet_reward"].batch - _OWN, 0.5, generator)
         x, target = teacher.states(batch)
         walked, walked_t, captions, truth = own[0].draw(_OWN, generator)
         t = torch.cat((batch.t.to(shop.device), walked_t))

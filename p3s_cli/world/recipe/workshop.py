@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -25,58 +26,32 @@ from p3s_cli.world.scenes import (
 )
 from p3s_cli.world.shapes import PATTERNS
 
-HELD_OUT = 10_000_000
 
-STEPS = {
-    "vae": 7_500,
-    "clip": 1_400,
-    "words": 900,
-    "vision": 900,
-    "vision_long": 1_800,
-    "vision_head": 6_000,
-    "unet": 4_800,
-    "unet_long": 6_000,
-    "unet_detail": 2_800,
-    "unet_pattern": 4_500,
-    "reward": 2_400,
-    "unet_reward": 1_150,
-    "labels": 6_000,
-    "labels_long": 4_000,
-    "identity": 1_200,
-}
-BATCH = {
-    "vae": 16,
-    "clip": 96,
-    "words": 128,
-    "vision": 96,
-    "vision_long": 96,
-    "vision_head": 96,
-    "unet": 32,
-    "unet_long": 32,
-    "unet_detail": 32,
-    "unet_pattern": 32,
-    "reward": 128,
-    "unet_reward": 48,
-    "labels": 96,
-    "labels_long": 96,
-    "identity": 128,
-}
-LEARNING_RATE = {
-    "vae": 2e-3,
-    "clip": 1e-3,
-    "words": 1e-3,
-    "vision": 7e-4,
-    "vision_long": 7e-4,
-    "vision_head": 1e-3,
-    "unet": 5e-4,
-    "unet_long": 5e-4,
-    "unet_detail": 5e-4,
-    "unet_pattern": 5e-4,
-    "reward": 2e-3,
-    "unet_reward": 2e-4,
-    "labels": 3e-3,
-    "labels_long": 1.5e-3,
-    "identity": 2e-3,
+@dataclass(frozen=True)
+class Length:
+    """How long a stage trains: steps of so many samples, at which rate."""
+
+    steps: int
+    batch: int
+    lr: float
+
+
+LENGTH = {
+    "vae": Length(7_500, 16, 2e-3),
+    "clip": Length(1_400, 96, 1e-3),
+    "words": Length(900, 128, 1e-3),
+    "vision": Length(900, 96, 7e-4),
+    "vision_long": Length(1_800, 96, 7e-4),
+    "vision_head": Length(6_000, 96, 1e-3),
+    "unet": Length(4_800, 32, 5e-4),
+    "unet_long": Length(6_000, 32, 5e-4),
+    "unet_detail": Length(2_800, 32, 5e-4),
+    "unet_pattern": Length(4_500, 32, 5e-4),
+    "reward": Length(2_400, 128, 2e-3),
+    "unet_reward": Length(1_150, 48, 2e-4),
+    "labels": Length(6_000, 96, 3e-3),
+    "labels_long": Length(4_000, 96, 1.5e-3),
+    "identity": Length(1_200, 128, 2e-3),
 }
 SCENES = 32_000
 
@@ -168,7 +143,7 @@ class Workshop:
 
     def ended(self, stage: str) -> bool:
         """Whether this run takes the stage to its end, and not only `until` a step before."""
-        return self.until is None or self.until >= (self.steps or STEPS[stage])
+        return self.until is None or self.until >= (self.steps or LENGTH[stage].steps)
 
     def _checkpoint(self, stage: str) -> Checkpoint:
         folder = self.work / "checkpoints" / stage
@@ -177,10 +152,10 @@ class Workshop:
 
     def fit(self, stage: str, module: nn.Module, loss: Callable, weight_decay: float, ema: float) -> None:
         """Train all of `module`, leaving the weights to keep in it."""
-        steps = self.steps or STEPS[stage]
+        steps = self.steps or LENGTH[stage].steps
         recipe = Recipe(
             steps,
-            LEARNING_RATE[stage],
+            LENGTH[stage].lr,
             weight_decay,
             warmup=min(200, steps // 10),
             decay="cosine",
@@ -194,7 +169,7 @@ class Workshop:
         def on_step(step: int, total: int, numbers: dict[str, float]) -> None:
             first[0] = first[0] or step
             if step % 50 == 0 or step == total:
-                rate = (step - first[0] + 1) * BATCH[stage] / (time.monotonic() - started)
+                rate = (step - first[0] + 1) * LENGTH[stage].batch / (time.monotonic() - started)
                 self.log(
                     stage,
                     {
