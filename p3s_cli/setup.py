@@ -16,7 +16,7 @@ from p3s_cli.errors import InputError
 from p3s_cli.evals.models import MetricModel
 from p3s_cli.evals.protocols import PROTOCOLS
 from p3s_cli.methods import memory
-from p3s_cli.sd import controlnet, hub
+from p3s_cli.sd import controlnet, hub, integrity
 from p3s_cli.sd import family as families
 from p3s_cli.sd import profile as profiles
 from p3s_cli.sd.hub import Part
@@ -198,9 +198,9 @@ def _fetch_metric(protocol: str, key: str, report) -> PartState:
 
 def _fetch(part: Part, command: str) -> PartState:
     found, state = hub.folder(part), "present"
-    broken = hub.damaged(hub.files(found, part)) if found else []
+    broken = integrity.damaged(hub.files(found, part)) if found else []
     if broken:
-        if not hub.cached(broken[0]):
+        if not integrity.cached(broken[0]):
             raise InputError(f"{broken[0]} is damaged; restore it from where it came")
         if hub.offline():
             raise InputError(f"{broken[0]} is damaged and HF_HUB_OFFLINE is set; unset it and run p3s fetch again")
@@ -213,7 +213,7 @@ def _fetch(part: Part, command: str) -> PartState:
             raise InputError(f"{part.where} is missing or incomplete; restore the folder")
         found = hub.bring(part, command)
         state = "repaired" if state == "repaired" else "fetched"
-        if broken := hub.damaged(hub.files(found, part)):
+        if broken := integrity.damaged(hub.files(found, part)):
             raise InputError(f"{broken[0]} did not arrive as the hub says it is; run p3s fetch again")
     return _state(part, state)
 

@@ -7,7 +7,6 @@ Weights are only ever safetensors.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -16,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from p3s_cli.atomic import sha256
 from p3s_cli.errors import InputError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -271,36 +269,6 @@ def loaded(inside: Path, part: Part) -> list[Path]:
     """The files that a part is loaded from, by name: its configuration, its weights, and the index of their shards."""
     found, index = weight_files(inside, part), inside / _index(part.weights, _variant(inside, part))
     return sorted([inside / "config.json", *found, *([index] if len(found) > 1 else [])])
-
-
-def cached(file: Path) -> bool:
-    """Whether the hub's cache keeps this file, under a blob that is named by its hash."""
-    return file.resolve().parent.name == "blobs"
-
-
-def damaged(found: Sequence[Path]) -> list[Path]:
-    """Files whose contents are not what the hub said: sha256 for large files, git's sha1 for small ones.
-
-    Of files in a plain folder no hash is known; there a safetensors file must be whole.
-    """
-    return [f for f in found if not (_as_named(f.resolve()) if cached(f) else _whole(f))]
-
-
-def _as_named(blob: Path) -> bool:
-    if len(blob.name) == 64:
-        return sha256(blob) == blob.name
-    data = blob.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == blob.name
-
-
-def _whole(file: Path) -> bool:
-    if file.suffix != ".safetensors":
-        return True
-    try:
-        with safe_open(file, framework="np"):
-            return True
-    except (SafetensorError, OSError):
-        return False
 
 
 def first_line(error: Exception | None) -> str:

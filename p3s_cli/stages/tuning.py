@@ -79,7 +79,8 @@ def finetune(
     family = family or load(model or subject.manifest.model, device, dtype, vision)
     check_base(family)
     profile, saving = choose(memory, family.profile, family.device, family.dtype)
-    if family.device == "cpu" and (family.dtype, saving.masters) == (torch.float16, "bfloat16"):
+    mixed = (family.device, family.dtype, saving.masters) == ("cpu", torch.float16, "bfloat16")
+    if mixed and "memory" in teacher.heeds:
         raise InputError(
             f"memory profile {profile} trains in bfloat16, which a CPU cannot mix with float16; use --dtype bfloat16"
         )
