@@ -12,7 +12,7 @@ from torch import Tensor
 from p3s_cli.benches.entries import References
 from p3s_cli.benches.finding import Finder
 from p3s_cli.errors import InputError
-from p3s_cli.evals.scoring import Truth
+from p3s_cli.evals.truth import Truth
 from p3s_cli.methods.photos import mask_tensors, read_originals
 from p3s_cli.methods.views import close_view, look
 from p3s_cli.sd import images

@@ -16,7 +16,8 @@ from p3s_cli.benches.entries import ablations, choose, rivals
 from p3s_cli.benches.run import Plan, Run
 from p3s_cli.errors import InputError
 from p3s_cli.evals import dreambench, plot, protocols
-from p3s_cli.evals.scoring import Judge, Result, Truth
+from p3s_cli.evals.scoring import Judge
+from p3s_cli.evals.truth import Result, Truth
 from p3s_cli.lock import writing
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load

@@ -25,7 +25,8 @@ from p3s_cli.errors import InputError
 from p3s_cli.evals.protocols import Protocol
 from p3s_cli.evals.report import Seconds
 from p3s_cli.evals.scores import Mean, Row, Rows, table
-from p3s_cli.evals.scoring import Judge, Result
+from p3s_cli.evals.scoring import Judge
+from p3s_cli.evals.truth import Result
 from p3s_cli.methods import pace
 from p3s_cli.sd.family import Family
 from p3s_cli.subject import CONTROL, Subject, digest

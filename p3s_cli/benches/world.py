@@ -13,7 +13,7 @@ from p3s_cli import stages
 from p3s_cli.atomic import sha256
 from p3s_cli.benches.cases import Case, Prompt, first_finder
 from p3s_cli.benches.entries import References
-from p3s_cli.evals.scoring import Result, Truth
+from p3s_cli.evals.truth import Result, Truth
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
 from p3s_cli.world import seeds

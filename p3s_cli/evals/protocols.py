@@ -19,11 +19,8 @@ _WORLD = Preprocessing(128, 128, *_HALVES)
 class Metric:
     """One column.
 
-    `against`: `real` pictures of the subject (mean cosine), the prompt's `text`, the look-alike's text
-    (`other_text`: CLIP-ES, lower is better), `selective` (nearer to the subject than to the look-alike, 0 or
-    1), `labels` (share of what the prompt asks for that a reader finds), or `x` and `y` (where the subject's
-    middle is, as a fraction: a copied reference never moves). `masked`: everything but the subject is black
-    in both pictures. The last three need to know where the subject is in a result.
+    `against`: what results are compared with, a key of `kinds.KINDS`. `masked`: everything but the subject is black in
+    both pictures.
     """
 
     name: str

@@ -18,7 +18,8 @@ from p3s_cli.evals.metrics import intersection_over_union, roc_auc
 from p3s_cli.evals.models import Preprocessing
 from p3s_cli.evals.protocols import protocol
 from p3s_cli.evals.scores import summary, table
-from p3s_cli.evals.scoring import Judge, Result, Truth
+from p3s_cli.evals.scoring import Judge
+from p3s_cli.evals.truth import Result, Truth
 
 HOW = Preprocessing(40, 32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 THEIRS = CLIPImageProcessor(
