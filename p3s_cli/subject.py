@@ -169,6 +169,11 @@ class Subject:
             whole = stage is not None and self.intact(stage, reference.mask_file)
             if stage is None or stage.inputs != self.mask_inputs(reference, stage.settings) or not whole:
                 photo = self.path(reference.photo_file)
+                if not photo.is_file():  # as in what was imported
+                    raise InputError(
+                        f"the mask of {reference.folder} in {self.root} is missing or damaged, and so is its photo; import "
+                        "the subject again, or make it anew with p3s mask"
+                    )
                 raise InputError(
                     f"the mask of {reference.folder} does not belong to its points any more; refresh it with: {mask_command(photo, reference, self.root)}"
                 )

@@ -32,4 +32,5 @@ def main(
     ] = False,
 ) -> None:
     # a path may hold bytes that are no text, and a terminal may know fewer letters than a class word has
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if sys.stdout is not None:  # as where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

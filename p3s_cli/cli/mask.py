@@ -37,8 +37,9 @@ def mask(
     grid: Annotated[bool, typer.Option("--grid", help="Only write the photo under a coordinate grid.")] = False,
     maps: Annotated[bool, typer.Option("--maps", help="Also write the similarity maps as a picture.")] = False,
     model: Annotated[
-        str, typer.Option(help="sd15, world, a diffusers folder, a hub id or a .safetensors file.")
-    ] = "sd15",
+        str | None,
+        typer.Option(help="sd15 (default), world, a diffusers folder, a hub id or a .safetensors file."),
+    ] = None,
     vision: Annotated[
         str, typer.Option(help="What masks are read from: clip, dinov2, or a ViT's folder or hub id.")
     ] = "clip",

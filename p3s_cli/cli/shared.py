@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
@@ -53,11 +54,18 @@ def run_stage(stage: Callable[..., Any], as_json: bool, show: Callable[[Any], li
     except OSError as error:
         print(f"p3s: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         raise typer.Exit(1) from None
-    if as_json:
-        print(json.dumps(_plain(result), default=str))
-    else:
-        print("\n".join(show(result)))
+    _say(json.dumps(_plain(result), default=str) if as_json else "\n".join(show(result)))
     return result
+
+
+def _say(text: str) -> None:
+    """Print the result, now, where a full disk or a closed pipe can still be told of."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it goes nowhere
+        print(f"p3s: it is done, but its result could not be printed ({error.strerror})", file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 def _plain(result: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -48,6 +49,7 @@ def import_(
     from p3s_cli import stages
 
     def show(result: Any) -> list[str]:
-        return [f'{result.subject}: class {result.class_word}; now: p3s generate {result.subject} "a [V] ..."']
+        prompt = f'p3s generate {quote(str(result.subject))} "a [V] {result.class_word}"'
+        return [f"{result.subject}: class {result.class_word}; now: {prompt}"]
 
     run_stage(stages.import_subject, as_json, show, file=file, output=output, model=model, device=device)

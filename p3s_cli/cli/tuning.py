@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -98,4 +99,8 @@ def _show(result: Any) -> list[str]:
         else f"tuned for {result.steps} steps{skipped} (memory profile {result.memory}), last loss {result.loss:.4f}"
     )
     warnings = [f"warning: {w}" for w in result.warnings]
-    return [*warnings, f"{result.subject}: {state}", f'now: p3s generate {result.subject} "a [V] ... on the beach"']
+    return [
+        *warnings,
+        f"{result.subject}: {state}",
+        f'now: p3s generate {quote(str(result.subject))} "a [V] ... on the beach"',
+    ]

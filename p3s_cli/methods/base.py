@@ -18,8 +18,8 @@ from p3s_cli.sd.weights import load_tensors
 from p3s_cli.subject import CONTROL, Subject
 
 R = TypeVar("R")
-# a weight schedule, several references, compiled passes, a memory profile; and what `Joining` adds
-Heed = Literal["schedule", "references", "compiled", "memory", "joined"]
+# a preset, a weight schedule, several references, compiled passes, a memory profile; and what `Joining` adds
+Heed = Literal["preset", "schedule", "references", "compiled", "memory", "joined"]
 
 
 @dataclass(frozen=True)

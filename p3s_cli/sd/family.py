@@ -213,6 +213,7 @@ def load(
     hub id, and for the inpainter a single file too. Raises InputError for a name that is none of these,
     a pickle, an unknown device or dtype.
     """
+    model, vision, inpainter = (s and profiles.located(s) for s in (model, vision, inpainter))
     where, profile = resolve_device(device), profiles.find(model, vision, inpainter)
     family = Family(model, profile, where, resolve_dtype(dtype, where))
     family.inpainter_chosen = inpainter is not None

@@ -28,6 +28,7 @@ _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 
 CLASSICAL = "classical"  # an inpainter that is none: the region takes the blend of its border
+NAMES = ("sd15", "world", "clip", "dinov2", CLASSICAL)  # of ours, whatever folders there are
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,12 @@ class Profile:
 
     def part(self, name: str) -> Part:
         return next(p for p in self.parts if p.name == name)
+
+
+def located(source: str) -> str:
+    """The same source, as an absolute path where it names a file or folder: a subject remembers it wherever it is used."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if source not in NAMES and path.exists() else source
 
 
 def find(model: str, vision: str | None = None, inpainter: str | None = None) -> Profile:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from p3s_cli.atomic import read_text
-from p3s_cli.errors import InputError, first_reason
+from p3s_cli.errors import InputError
 
 
 class PhotoClicks(BaseModel):
@@ -51,7 +51,11 @@ def read_clicks(path: Path, photos: Sequence[Path]) -> list[PhotoClicks]:
         try:
             found.append(PhotoClicks.model_validate(entry))
         except ValidationError as error:
-            raise InputError(f"{path}: {photo.name}: {first_reason(error)}") from error
+            where = ".".join(map(str, error.errors()[0]["loc"][:2]))
+            raise InputError(
+                f'{path}: {photo.name}: {where} is not as it should be; write {{"positive": [[120, 88]], "negative": '
+                '[[300, 90]], "box": [40, 60, 210, 300], "class": "dog"}, of which only one of the first and the third is needed'
+            ) from error
     return found
 
 
@@ -69,7 +73,11 @@ def parse_point(text: str) -> tuple[str, float, float]:
         raise InputError(
             f"{text!r:.80} is not a point; write X,Y in pixels, such as 120,88, or as fractions, such as 0.3,0.5"
         ) from error
-    if "." in first and "." in second and 0 <= x <= 1 and 0 <= y <= 1:
+    if 0 <= x <= 1 and 0 <= y <= 1 and ("." in first or "." in second):
+        if not ("." in first and "." in second):
+            raise InputError(
+                f"{text!r:.80} may be pixels or fractions; write both numbers with a decimal point, or neither"
+            )
         return "fraction", x, y
     return "pixels", x, y
 

@@ -106,6 +106,8 @@ def generate(
         sampling = replace(sampling, reuse=1)
     joined.check(subjects)
     _check_heeded(subject.method, schedule=schedule is not None, references=references > 1, compiled=compiled)
+    if references > (most := max(len(s.manifest.references) for s in subjects)):
+        raise InputError(f"{subject.root} has {most} of {references} references; give no more with --references")
     report("loading the models", 0, 1)
     family = family or load(model or tuned.settings["base"], device, dtype, tuned.settings.get("vision"))
     for one in subjects:

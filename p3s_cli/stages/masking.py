@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,13 +13,14 @@ from pydantic import BaseModel, Field
 
 from p3s_cli import config as settings
 from p3s_cli import pictures
-from p3s_cli.errors import InputError
+from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import writing
 from p3s_cli.sd import images, text
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
+from p3s_cli.sd.profile import located
 from p3s_cli.stages import reference as work
-from p3s_cli.stages.clicks import read_clicks, twice
+from p3s_cli.stages.clicks import PhotoClicks, read_clicks, twice
 from p3s_cli.stages.progress import Progress, silent
 from p3s_cli.subject import Manifest, Reference, Stage, Subject, digest
 
@@ -47,7 +49,7 @@ def mask(
     output: Path | str | None = None,
     class_word: str | None = None,
     box: str | Sequence[float] | None = None,
-    model: str = "sd15",
+    model: str | None = None,
     vision: str = "clip",
     inpainter: str | None = None,
     preset: str = "default",
@@ -70,8 +72,9 @@ def mask(
     `output` (default `./<stem>/`) or adds a reference to it; the same photo again replaces its points.
     For comparisons: `config` overrides the preset's settings, `truth` holds masks that are known, and without
     `inpaint` the look-alike stays where it is.
+    The base is `model`, sd15 where none is named, and for all references of a subject that of the first.
     `vision` names the tower the masks are read from, `inpainter` another U-Net to remove the negative with; `maps` also writes eq. 1's similarity maps as a picture.
-    Raises InputError for an unreadable photo, a point outside it, or one place marked both ways.
+    Raises InputError for an unreadable photo, a point outside it, one place marked both ways, or another `model`.
     """
     report = on_progress or silent
     photo, root = Path(photo), Path(output) if output else Path(Path(photo).stem)
@@ -81,8 +84,9 @@ def mask(
     clicks = work.Clicks.read(positive, negative, box, *picture.size)
     with writing(root, "p3s mask"), exact(deterministic):
         subject = Subject.open(root) if Subject.exists(root) else None
-        family = family or load(subject.manifest.model if subject else model, device, dtype, inpainter=inpainter)
+        family = family or load(_base(subject, model), device, dtype, inpainter=inpainter)
         report("loading the vision tower", 0, 3)
+        vision = located(vision)
         tower = family.mask_tower(vision)
         if subject is None:
             manifest = Manifest(class_word="?", identifier=family.profile.identifier, model=family.source)
@@ -107,12 +111,32 @@ def mask(
                 report("writing", 2, 3)
                 reference.mask = work.write(folder, reference, picture, made, stage)
                 _guess(subject, family, picture, made)
-            if class_word:
-                subject.manifest.class_word, subject.manifest.class_score = class_word, None
+            renamed = _rename(subject, class_word) if class_word else []
         report("done", 3, 3)
-        result = _result(subject, reference, unchanged)
+        result = _result(subject, reference, unchanged and not renamed)
         drawn = (work.write_maps(subject, reference, picture),) if maps else ()
-        return replace(result, pictures=(*result.pictures, *drawn))
+        return replace(result, pictures=(*result.pictures, *drawn), warnings=(*result.warnings, *renamed))
+
+
+def _base(subject: Subject | None, model: str | None) -> str:
+    """The base that is asked for, or the subject's own. Raises InputError if these are two."""
+    if subject is None:
+        return model or "sd15"
+    if model is not None and located(model) != subject.manifest.model:
+        raise InputError(
+            f"{subject.root} is made on {subject.manifest.model}, and so is every reference of it; leave out --model, or "
+            "make another subject with -o"
+        )
+    return subject.manifest.model
+
+
+def _rename(subject: Subject, class_word: str) -> list[str]:
+    """Set the class word. Returns a sentence if it was another one."""
+    before, tuned = subject.manifest.class_word, subject.manifest.finetune
+    subject.manifest.class_word, subject.manifest.class_score = class_word, None
+    if before in ("?", class_word):
+        return []
+    return [f"the class word was {before} and is {class_word} now" + ("; tune the subject again" if tuned else "")]
 
 
 class _Made(BaseModel):
@@ -169,7 +193,7 @@ def _result(subject: Subject, reference: Reference, unchanged: bool) -> MaskResu
     )
 
 
-_LOADING = ("model", "device", "dtype", "inpainter")
+_LOADING = ("device", "dtype", "inpainter")
 
 
 def mask_many(
@@ -182,8 +206,8 @@ def mask_many(
     """`mask` for many photos with the clicks of a points file (`clicks.read_clicks`), the models loaded once.
 
     Without `output` each photo becomes a subject of its own; with it, all are references of one. Other
-    options are those of `mask`. Raises InputError for several photos without a points file, and for two that
-    would be one subject.
+    options are those of `mask`. Raises InputError for several photos without a points file, for two that would be
+    one subject, and for a subject of two class words; for clicks that are wrong, before the first photo is masked.
     """
     photos = [Path(p) for p in photos]
     if points is None:
@@ -193,7 +217,10 @@ def mask_many(
     clicks = read_clicks(Path(points), photos)
     if output is None and (stem := twice(p.stem for p in photos)):
         raise InputError(f"two of the photos would be the subject {stem}; mask one of them by itself, with -o")
-    word = options.pop("class_word", None)
+    word, model = options.pop("class_word", None), options.pop("model", None)
+    _check_clicks(photos, clicks)
+    if output is not None and not word and len(words := sorted({c.class_word for c in clicks if c.class_word})) > 1:
+        raise InputError(f"{points} calls one subject {' and '.join(words)}; write one class, or leave out --output")
     for name in ("positive", "negative", "box"):
         options.pop(name, None)
     family, names = options.pop("family", None), {n: options.pop(n) for n in _LOADING if n in options}
@@ -201,13 +228,29 @@ def mask_many(
     results = []
     for photo, click in zip(photos, clicks, strict=True):
         root = Path(output or photo.stem)
-        base = Subject.open(root).manifest.model if Subject.exists(root) else names.get("model", "sd15")
-        if family is None and base not in loaded:
-            loaded[base] = load(**names | {"model": base})
-        given = {"positive": click.positive, "negative": click.negative, "box": click.box}
-        given |= {"class_word": word or click.class_word, "family": family or loaded[base]}
-        results.append(mask(photo, output=root, on_progress=on_progress, **given, **options))
+        with _naming(photo):
+            base = _base(Subject.open(root) if Subject.exists(root) else None, model)
+            if family is None and base not in loaded:
+                loaded[base] = load(base, **names)
+            given = {"positive": click.positive, "negative": click.negative, "box": click.box}
+            given |= {"class_word": word or click.class_word, "family": family or loaded[base]}
+            results.append(mask(photo, output=root, on_progress=on_progress, **given, **options))
     return results
+
+
+def _check_clicks(photos: Sequence[Path], clicks: Sequence[PhotoClicks]) -> None:
+    for photo, click in zip(photos, clicks, strict=True):
+        with _naming(photo):
+            work.Clicks.read(click.positive, click.negative, click.box, *images.load_image(photo).size)
+
+
+@contextlib.contextmanager
+def _naming(photo: Path) -> Iterator[None]:
+    """Of many photos, which one a sentence is about."""
+    try:
+        yield
+    except P3SError as error:
+        raise type(error)(str(error) if str(photo) in str(error) else f"{photo}: {error}") from error
 
 
 def grid(photo: Path | str, output: Path | str | None = None) -> Path:

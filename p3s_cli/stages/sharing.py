@@ -64,9 +64,11 @@ def export_subject(
     """Write a tuned subject as one file, `<subject>.p3s.safetensors` by default.
 
     The control goes in as a difference to its base of rank `rank`, or whole in fp16 with `full`. Raises
-    InputError before the subject is tuned, and with another base than it was tuned on.
+    InputError before the subject is tuned, with another base than it was tuned on, and for a file that is something else.
     """
     report, subject = on_progress or silent, Subject.open(Path(subject_dir))
+    file = Path(output) if output else Path(f"{subject.root.resolve().name}.p3s.safetensors")
+    _check_free(file, subject.root)
     with reading(subject.root, what="p3s export"):
         subject = Subject.open(subject.root)  # as it is now that nobody writes
         subject.check_masks()
@@ -83,9 +85,25 @@ def export_subject(
     for i, mask in enumerate(masks):
         parts |= {f"reference/{i}/{n}": _packed(t) if t.dtype == torch.uint8 else t for n, t in mask.items()}
     described = _description(subject, None if full else rank)
-    file = Path(output) if output else Path(f"{subject.root.resolve().name}.p3s.safetensors")
     save_tensors(file, parts, described)
     return ExportResult(subject.root, file, file.stat().st_size, described["rank"], error)
+
+
+def _check_free(file: Path, root: Path) -> None:
+    """Raises InputError for a place inside the subject, a directory, and a file that is no export."""
+    if file.resolve().is_relative_to(root.resolve()):
+        raise InputError(f"{file} lies inside the subject {root}; name a file elsewhere with --output")
+    if file.is_dir():
+        raise InputError(
+            f"{file} is a directory; name a file with --output, such as {file / 'subject.p3s.safetensors'}"
+        )
+    if file.exists():
+        try:
+            _described(file)
+        except InputError as error:
+            raise InputError(
+                f"{file} exists and is no subject that p3s export wrote; name another file with --output"
+            ) from error
 
 
 def _description(subject: Subject, rank: int | None) -> dict[str, Any]:

@@ -88,14 +88,16 @@ def finetune(
         control or settings.preset(preset)[1], steps, lr, seed=seed, memory=saving, compiled=compiled
     )
     recipe = teacher.recipe(family.profile, config)
+    if (preset != "default" or control) and "preset" not in teacher.heeds:
+        raise InputError(f"{method} has no use for --preset, which is p3s's; leave that out")
     if compiled and "compiled" not in teacher.heeds:
         raise InputError(f"{method} has no step to compile; leave out --compile")
     options = _options(method, recipe, memory, family)
     inputs = subject.finetune_inputs(family.fingerprint)
     wanted = Stage(inputs=inputs, settings=options, seed=seed, artifacts={})
+    run = f"{_CHECKPOINT}{inputs[:8]}-{digest(options, seed)[:16]}"  # and the memory profile it came to
     if not force and subject.holds(subject.manifest.finetune, wanted, CONTROL, _Made):
-        _remove_checkpoints(subject)
-        return _result(subject, recipe.steps, subject.tuned(), True)
+        return _result(subject, recipe.steps, subject.tuned(), True, _tidy(subject, inputs, run))
     numbers: dict[str, float] = {}
 
     def on_step(step: int, total: int, means: dict[str, float]) -> None:
@@ -104,8 +106,7 @@ def finetune(
 
     # the checkpoint's name is what the run depends on, so a run with other settings never resumes from it
     def fit(profile: str, saving: settings.MemoryProfile) -> tuple[str, dict[str, torch.Tensor]]:
-        path = subject.path(f"{_CHECKPOINT}{digest(inputs, options, seed, profile)[:16]}")
-        checkpoint = Checkpoint(path, last=False)  # at SD v1-5's size 10 GB, to be removed at once
+        checkpoint = Checkpoint(subject.path(f"{run}-{profile}"), last=False)  # 10 GB of SD v1-5, to be removed at once
         with exact(deterministic):
             return profile, teacher.fit(Lesson(family, subject, replace(config, memory=saving), on_step, checkpoint))
 
@@ -117,8 +118,7 @@ def finetune(
         save_tensors(folder / CONTROL, halves, options)
         made = {"artifacts": hashes(folder, CONTROL), "result": result}
         subject.manifest.finetune = wanted.model_copy(update=made)
-    _remove_checkpoints(subject)
-    return _result(subject, recipe.steps, subject.manifest.finetune, False)
+    return _result(subject, recipe.steps, subject.manifest.finetune, False, _tidy(subject, inputs, run))
 
 
 def _options(method: str, recipe: Any, memory: str, family: Family) -> dict[str, Any]:
@@ -139,15 +139,25 @@ def _halves(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return halves
 
 
-def _remove_checkpoints(subject: Subject) -> None:
-    for folder in subject.root.glob(f"{_CHECKPOINT}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+def _tidy(subject: Subject, inputs: str, run: str) -> list[str]:
+    """Remove checkpoints of this run, which is over, and of other masks, with which none can go on. Sentences on the rest."""
+    rest = []
+    for folder in sorted(subject.root.glob(f"{_CHECKPOINT}*")):
+        if folder.name.startswith(Path(f"{_CHECKPOINT}{inputs[:8]}").name) and not folder.name.startswith(
+            Path(run).name
+        ):
+            rest.append(
+                f"{folder} is kept, of a run with other settings: give its command again to go on, or remove it"
+            )
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    return rest
 
 
-def _result(subject: Subject, steps: int, stage: Stage, unchanged: bool) -> FinetuneResult:
+def _result(subject: Subject, steps: int, stage: Stage, unchanged: bool, warnings: list[str]) -> FinetuneResult:
     made = stage.told(_Made)
     assert made is not None
-    kept = subject.path(CONTROL), unchanged, subject.method, made.memory, tuple(made.warnings)
+    kept = subject.path(CONTROL), unchanged, subject.method, made.memory, (*made.warnings, *warnings)
     return FinetuneResult(subject.root, steps, made.loss, made.skipped, *kept)
 
 

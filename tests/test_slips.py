@@ -1,0 +1,142 @@
+"""What a hand slips into: each ends in one sentence, and takes nothing away from whom it happens to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+import p3s_cli
+from p3s_cli import stages
+from p3s_cli.errors import InputError
+from p3s_cli.stages.clicks import parse_point
+from p3s_cli.subject import Subject
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    return tiny.photo(tmp_path / "two.png")
+
+
+@pytest.fixture
+def subject(photo, tmp_path, tiny_family) -> Path:
+    return stages.mask(photo, ["18,32"], ["46,32"], tmp_path / "thing", "thing", family=tiny_family).subject
+
+
+def test_an_export_takes_no_place_of_anything_else(subject, tiny_family, tmp_path):
+    stages.finetune(subject, steps=1, family=tiny_family)
+    manifest = (subject / "subject.json").read_bytes()
+    (tmp_path / "mine.png").write_bytes(b"a picture")
+    for output, words in (
+        (subject / "subject.json", "lies inside the subject"),
+        (tmp_path / "mine.png", "is no subject that p3s export wrote"),
+        (tmp_path, "is a directory"),
+    ):
+        with pytest.raises(InputError, match=words):
+            stages.export_subject(subject, output, rank=1, family=tiny_family)
+    assert (subject / "subject.json").read_bytes() == manifest and (tmp_path / "mine.png").read_bytes() == b"a picture"
+    for _ in range(2):  # over an older export, too
+        assert stages.export_subject(subject, tmp_path / "a.p3s.safetensors", rank=1, family=tiny_family).bytes
+
+
+def test_a_run_that_was_interrupted_outlives_others_on_the_same_masks(subject, photo, tiny_family):
+    def killed(what, done, total):
+        if what.startswith("tuning") and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.finetune(subject, steps=4, family=tiny_family, on_progress=killed)
+    (run,) = (subject / "control").glob(".checkpoint-*")
+    (run / "state").write_bytes(b"steps")  # a signal waits for the state to be written, this did not
+    for _ in range(2):  # made, and found to be there
+        (warning,) = stages.finetune(subject, steps=1, family=tiny_family).warnings
+        assert run.name in warning and "give its command again" in warning and (run / "state").is_file()
+    (run / "state").unlink()
+    assert stages.finetune(subject, steps=4, family=tiny_family).warnings == ()
+    assert not run.exists()
+    run.mkdir()
+    stages.mask(photo, ["20,32"], ["46,32"], subject, family=tiny_family)  # other masks: nothing goes on with it
+    assert stages.finetune(subject, steps=1, family=tiny_family).warnings == () and not run.exists()
+
+
+def test_a_base_named_by_a_relative_path_is_found_from_anywhere(photo, tmp_path, tiny_folder, monkeypatch):
+    (tmp_path / "base").symlink_to(tiny_folder)
+    monkeypatch.chdir(tmp_path)
+    stages.mask(photo, ["18,32"], ["46,32"], "thing", "thing", model="base", device="cpu")
+    stages.finetune("thing", steps=1, device="cpu")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert stages.generate("../thing", "a [V] thing", n=1, steps=1, device="cpu").images[0].is_file()
+
+
+def test_another_base_for_a_further_reference_is_refused(subject, photo, tiny_family):
+    with pytest.raises(InputError, match="is made on .*family.*; leave out --model"):
+        stages.mask(photo, ["18,32"], ["46,32"], subject, model="sd15")
+    own = Subject.open(subject).manifest.model
+    assert stages.mask(photo, ["18,32"], ["46,32"], subject, model=own, device="cpu").unchanged
+
+
+def test_another_class_word_is_said(subject, photo, tiny_family):
+    stages.finetune(subject, steps=1, family=tiny_family)
+    made = stages.mask(photo, ["18,32"], ["46,32"], subject, "puppy", family=tiny_family)
+    assert not made.unchanged and made.warnings[-1] == (
+        "the class word was thing and is puppy now; tune the subject again"
+    )
+
+
+def test_of_many_photos_the_one_at_fault_is_named_before_any_is_masked(photo, tmp_path, tiny_family, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.photo(tmp_path / "b.png")
+    points = tmp_path / "points.json"
+    points.write_text(json.dumps({"two.png": {"positive": [[18, 32]]}, "b.png": {"positive": [[600, 32]]}}))
+    with pytest.raises(InputError, match=r"b\.png: the point 600,32 lies outside"):
+        stages.mask_many(["two.png", "b.png"], points, family=tiny_family)
+    assert not (tmp_path / "two").exists()
+    clicks = {"positive": [[18, 32]]}
+    points.write_text(json.dumps({"two.png": clicks | {"class": "dog"}, "b.png": clicks | {"class": "cat"}}))
+    with pytest.raises(InputError, match="calls one subject cat and dog"):
+        stages.mask_many(["two.png", "b.png"], points, output="both", family=tiny_family)
+
+
+@pytest.mark.parametrize("wrong", [{"positive": [60, 160]}, {"pos": [[60, 160]]}])
+def test_points_in_another_form_are_told_the_form(photo, tmp_path, wrong):
+    points = tmp_path / "points.json"
+    points.write_text(json.dumps({photo.name: wrong}))
+    with pytest.raises(InputError, match=r'two\.png: pos.* is not as it should be; write {"positive": \[\[120, 88\]\]'):
+        stages.mask_many([photo], points)
+
+
+def test_a_point_that_may_be_pixels_or_fractions_is_asked_about():
+    for text in ("0.25,1", "1,0.5", "0,0.5"):
+        with pytest.raises(InputError, match="may be pixels or fractions"):
+            parse_point(text)
+    assert parse_point("0.25,1.0")[0] == "fraction" and parse_point("0,1")[0] == parse_point("0.5,30")[0] == "pixels"
+
+
+def test_options_that_would_do_nothing_are_refused(subject, tiny_family):
+    with pytest.raises(InputError, match="lora has no use for --preset"):
+        stages.finetune(subject, "lora", steps=1, preset="paper", family=tiny_family)
+    stages.finetune(subject, steps=1, family=tiny_family)
+    with pytest.raises(InputError, match="has 1 of 5 references"):
+        stages.generate(subject, "a [V] thing", n=1, steps=1, references=5, family=tiny_family)
+
+
+def test_a_mask_without_its_photo_is_not_refreshed_from_it(subject, tiny_family):
+    for name in ("photo.png", "mask.safetensors"):
+        (subject / "references/00" / name).unlink()
+    with pytest.raises(InputError, match="missing or damaged, and so is its photo; import"):
+        stages.finetune(subject, steps=1, family=tiny_family)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Linux device")
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"), [(">&-", 0, ""), (">/dev/full", 1, "could not be printed (No space")]
+)
+def test_a_result_that_cannot_be_printed_is_no_traceback(redirection, code, said):
+    path = {"PYTHONPATH": str(Path(p3s_cli.__file__).parents[1])}
+    command = f"{sys.executable} -m p3s_cli.cli doctor world {redirection}"
+    made = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ | path)
+    assert made.returncode == code and said in made.stderr and "Traceback" not in made.stderr
