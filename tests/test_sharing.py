@@ -108,7 +108,7 @@ def test_eight_bits_round_each_direction_to_half_a_step_of_its_own():
 def test_another_base_and_another_file_are_refused(tuned, world, tmp_path):
     out = stages.export_subject(tuned / "pet", tuned / "x.p3s.safetensors", family=world)
     other = load("world", device="cpu")
-    other.fingerprint = lambda: "f" * 64
+    other.fingerprint = "f" * 64
     with pytest.raises(InputError, match="another base model .*not ffffffffffff"):
         stages.import_subject(out.file, tmp_path / "y", family=other)
     assert not (tmp_path / "y").exists()
@@ -182,7 +182,7 @@ def test_an_export_of_every_format_is_read(tmp_path, tiny_family):
     for number in range(1, FORMAT + 1):
         file = GOLDEN / f"export-{number}.p3s.safetensors"
         family = copy.copy(tiny_family)  # its weights may be drawn in another way some day; shapes and names may not
-        family.fingerprint = lambda file=file: load_tensors(file)[1]["finetune"]["base_fingerprint"]
+        family.fingerprint = load_tensors(file)[1]["finetune"]["base_fingerprint"]
         root = stages.import_subject(file, tmp_path / str(number), family=family).subject
         images_ = [load_tensors(r / "references/00/mask.safetensors")[0] for r in (root, GOLDEN / "schema-1")]
         assert all(torch.equal(images_[0][n], images_[1][n]) for n in ("subject", "negative", "inpainted", "latent"))

@@ -107,8 +107,8 @@ def test_a_folder_saved_under_another_scheduler_draws_as_in_diffusers(tiny_folde
         build_scheduler("ddim", family.scheduler_config),
         [3],
         (4, 8, 8),
-        4,
-        9.0,
+        steps=4,
+        guidance=9.0,
     )
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
