@@ -103,6 +103,7 @@ def mask(
         if not inpaint:
             options["inpaint"] = False
         stage = Stage(inputs=subject.mask_inputs(reference, options), settings=options, seed=seed, artifacts={})
+        renamed = _rename(subject, class_word) if class_word else []
         unchanged = not force and subject.holds(reference.mask, stage, reference.mask_file, _Made)
         with subject.changing() as folder:
             if not unchanged:
@@ -111,7 +112,6 @@ def mask(
                 report("writing", 2, 3)
                 reference.mask = work.write(folder, reference, picture, made, stage)
                 _guess(subject, family, picture, made)
-            renamed = _rename(subject, class_word) if class_word else []
         report("done", 3, 3)
         result = _result(subject, reference, unchanged and not renamed)
         drawn = (work.write_maps(subject, reference, picture),) if maps else ()
