@@ -113,7 +113,7 @@ def mask(
                 reference.mask = work.write(folder, reference, picture, made, stage)
                 _guess(subject, family, picture, made)
         report("done", 3, 3)
-        result = _result(subject, reference, unchanged and not renamed)
+        result = _result(subject, reference, unchanged)
         drawn = (work.write_maps(subject, reference, picture),) if maps else ()
         return replace(result, pictures=(*result.pictures, *drawn), warnings=(*result.warnings, *renamed))
 
