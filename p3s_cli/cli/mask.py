@@ -38,7 +38,9 @@ def mask(
     maps: Annotated[bool, typer.Option("--maps", help="Also write the similarity maps as a picture.")] = False,
     model: Annotated[
         str | None,
-        typer.Option(help="sd15 (default), world, a diffusers folder, a hub id or a .safetensors file."),
+        typer.Option(
+            help="sd15, world, a diffusers folder, a hub id or a .safetensors file; default the subject's own, or sd15."
+        ),
     ] = None,
     vision: Annotated[
         str, typer.Option(help="What masks are read from: clip, dinov2, or a ViT's folder or hub id.")
