@@ -83,7 +83,7 @@ def _sentence(root: Path) -> Iterator[None]:
         raise InputError(f"{root} cannot be a folder, for a file stands in its way; name another place") from error
     except OSError as error:
         raise P3SError(
-            f"cannot write {root}: {error.strerror or error}; make room, or choose a folder you may write to"
+            f"cannot write {root}: {error.strerror or error}; make room, or work on a copy in a folder you may write to"
         ) from error
 
 
