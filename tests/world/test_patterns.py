@@ -7,6 +7,7 @@ from torch.nn.functional import max_pool2d
 
 from p3s_cli.sd.weights import save_tensors
 from p3s_cli.world.recipe.denoiser import Shelf
+from p3s_cli.world.recipe.export import stage_reopen
 from p3s_cli.world.recipe.workshop import Workshop
 from p3s_cli.world.render import render
 from p3s_cli.world.scenes import caption, each_pattern, sample_scene
@@ -27,8 +28,9 @@ def test_only_the_pattern_changes():
 
 
 def test_a_batch_of_alike_scenes_shares_noise_and_time(tmp_path: Path):
-    shop = Workshop(tmp_path, "cpu", seed=0, scenes=32, steps=None, until=None, compiled=False)
+    shop = Workshop(tmp_path, "cpu", seed=0, scenes=32)
     latents = torch.arange(32.0).view(32, 1, 1, 1).expand(32, 4, 16, 16).contiguous()
+    stage_reopen(shop)
     save_tensors(tmp_path / "four.safetensors", {"latents": latents, "subjects": torch.zeros(32, 1, 16, 16)})
     batch = Shelf(shop, shop.patterns, "four").draw_alike(8, torch.Generator().manual_seed(5))
     faded = []
@@ -36,7 +38,8 @@ def test_a_batch_of_alike_scenes_shares_noise_and_time(tmp_path: Path):
         rows = batch.latents[four, 0, 0, 0].long().tolist()
         assert rows == list(range(rows[0], rows[0] + 4)) and rows[0] % 4 == 0
         assert (batch.noise[four] == batch.noise[four][0]).all() and (batch.t[four] == batch.t[four][0]).all()
-        assert batch.captions[four] == [caption(shop.patterns.scenes[r], 0, full=True) for r in rows]
+        told = [caption(shop.patterns.scenes[r], 0, full=True) for r in rows]
+        assert torch.equal(batch.ids[four], shop.tokens(told))
         means = [x[four].mean() for x in (batch.noised, batch.latents)]
         assert torch.isclose(*means)  # fading keeps the mean of the four
         spread = [x[four, 0, 0, 0].std() for x in (batch.noised, batch.latents)]

@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import torch
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 import p3s_cli
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.world.models import build_unet
-from p3s_cli.world.recipe.contrast import last_look
 from p3s_cli.world.recipe.export import stage_export, stage_reopen
+from p3s_cli.world.recipe.tokens import Tokens
 from p3s_cli.world.recipe.words import carry, phrases
 from p3s_cli.world.recipe.workshop import Workshop
+from p3s_cli.world.scenes import caption, sample_scene
 
 WEIGHTS = Path(p3s_cli.__file__).parent / "world" / "weights"
 
@@ -48,7 +49,7 @@ def test_a_unet_is_carried_from_one_text_tower_to_another():
 
 
 def test_the_committed_family_is_exported_as_it_was_reopened(tmp_path: Path):
-    shop = Workshop(tmp_path, "cpu", seed=0, scenes=0, steps=None, until=None, compiled=False)
+    shop = Workshop(tmp_path, "cpu", seed=0, scenes=0)
     stage_reopen(shop)
     stage_export(shop)
     committed = sorted(p.relative_to(WEIGHTS) for p in WEIGHTS.rglob("*.safetensors"))
@@ -58,12 +59,8 @@ def test_the_committed_family_is_exported_as_it_was_reopened(tmp_path: Path):
         assert all(torch.equal(ours[k], t) for k, t in theirs.items()) and len(ours) == len(theirs)
 
 
-def test_the_last_look_is_the_towers_own():
-    """For the class token alone, computed from the states below the last layer: the same vectors."""
-    clip = CLIPModel.from_pretrained(WEIGHTS / "clip").float().eval()
-    pixels = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    with torch.no_grad():
-        whole = clip.vision_model(pixels, output_hidden_states=True)
-        expected = clip.visual_projection(whole.pooler_output)
-        found = last_look(clip, whole.hidden_states[-2])
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+def test_captions_are_tokenised_word_by_word_as_they_are_whole():
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
+    captions = [caption(sample_scene(seed), seed, full=seed % 2 == 0) for seed in range(300)] + [""]
+    whole = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(Tokens(tokenizer)(captions).long(), whole)

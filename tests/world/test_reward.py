@@ -11,14 +11,14 @@ from p3s_cli.world.readers import GROUPS, LABELS
 from p3s_cli.world.recipe.denoiser import Teacher
 from p3s_cli.world.recipe.export import stage_reopen
 from p3s_cli.world.recipe.readers import misread
-from p3s_cli.world.recipe.reward import Walks, clean, named_vectors
+from p3s_cli.world.recipe.reward import Walks, clean, named_vectors, one_or_two_kinds
 from p3s_cli.world.recipe.workshop import Workshop
 from p3s_cli.world.scenes import Scene, sample_scene
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    shop = Workshop(tmp_path_factory.mktemp("reward"), "cpu", seed=0, scenes=0, steps=None, until=None, compiled=False)
+    shop = Workshop(tmp_path_factory.mktemp("reward"), "cpu", seed=0, scenes=0)
     stage_reopen(shop)
     return shop
 
@@ -67,17 +67,19 @@ def test_walks_follow_their_own_predictions(shop: Workshop):
     """A state is DDIM's step from the one before, for one guidance an image; each is drawn with its own caption."""
     scenes = [sample_scene(seed) for seed in range(40)]
     teacher = _teacher(shop)
-    walks = Walks(teacher, scenes, torch.Generator().manual_seed(0), prompts=4, steps=4)
+    walks = Walks(teacher, one_or_two_kinds(scenes), torch.Generator().manual_seed(0), prompts=4, steps=4)
     assert walks.states.shape == (4, len(walks.t), 4, 16, 16)
+    assert torch.equal(walks.ids, shop.tokens(walks.captions))
+    silence = shop.tokens(4 * [""])
     t, after = walks.t[0], teacher.alphas[walks.t[1]]
     with torch.no_grad():
-        words, free = (teacher.predict(walks.states[:, 0], t.expand(4), c) for c in (walks.captions, 4 * [""]))
+        words, free = (teacher.predict(walks.states[:, 0], t.expand(4), ids) for ids in (walks.ids, silence))
     eps = free + walks.guidance * (words - free)
     x0 = clean(teacher, walks.states[:, 0], eps, t.expand(4))
     expected = after.sqrt() * x0 + (1 - after).sqrt() * eps
     assert torch.allclose(walks.states[:, 1], expected, atol=1e-3 * expected.abs().max())
-    states, when, captions, truth = walks.draw(16, torch.Generator().manual_seed(1))
-    for state, level, caption, labels in zip(states, when, captions, truth, strict=True):
-        who = walks.captions.index(caption)
+    states, when, said, truth = walks.draw(16, torch.Generator().manual_seed(1))
+    for state, level, ids, labels in zip(states, when, said, truth, strict=True):
+        who = int((walks.ids == ids).all(1).nonzero()[0])
         assert torch.equal(state, walks.states[who, walks.t.tolist().index(level)])
         assert torch.equal(labels, walks.truth[who])

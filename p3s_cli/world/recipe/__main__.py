@@ -21,10 +21,10 @@ from p3s_cli.world.recipe.contrast import (
     stage_clip,
     stage_tokenizer,
     stage_vision,
-    stage_vision_head,
+    stage_vision_kinds,
     stage_vision_long,
 )
-from p3s_cli.world.recipe.denoiser import stage_unet, stage_unet_detail, stage_unet_long, stage_unet_pattern
+from p3s_cli.world.recipe.denoiser import stage_unet
 from p3s_cli.world.recipe.export import stage_export, stage_reopen
 from p3s_cli.world.recipe.readers import stage_identity, stage_labels, stage_labels_long
 from p3s_cli.world.recipe.reward import stage_reward, stage_unet_reward
@@ -38,11 +38,8 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "words": stage_words,
     "vision": stage_vision,
     "vision_long": stage_vision_long,
-    "vision_head": stage_vision_head,
+    "vision_kinds": stage_vision_kinds,
     "unet": stage_unet,
-    "unet_long": stage_unet_long,
-    "unet_detail": stage_unet_detail,
-    "unet_pattern": stage_unet_pattern,
     "reward": stage_reward,
     "unet_reward": stage_unet_reward,
     "labels": stage_labels,
@@ -54,22 +51,21 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=[*STAGES, "all", "reopen"])
+    parser.add_argument("stage", nargs="+", choices=[*STAGES, "all", "reopen"])
     parser.add_argument("--work", type=Path, default=Path("runs/world"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes to draw")
     parser.add_argument("--steps", type=int, help="length of the whole stage, instead of the recipe's")
+    parser.add_argument("--batch", type=int, help="samples a step, instead of the recipe's, which are a GPU's")
     parser.add_argument("--until", type=int, help="stop before this step; a later call goes on")
     parser.add_argument(
         "--compile", action="store_true", help="compile the U-Net: minutes at first, then 1.4x the rate"
     )
     args = parser.parse_args()
-    shop = Workshop(args.work, args.device, args.seed, args.scenes, args.steps, args.until, args.compile)
-    if args.stage == "reopen":
-        return stage_reopen(shop)
-    for stage in STAGES if args.stage == "all" else [args.stage]:
-        STAGES[stage](shop)
+    shop = Workshop(args.work, args.device, args.seed, args.scenes, args.steps, args.batch, args.until, args.compile)
+    for stage in STAGES if args.stage == ["all"] else args.stage:
+        (stage_reopen if stage == "reopen" else STAGES[stage])(shop)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from p3s_cli.world import models
-from p3s_cli.world.recipe.workshop import LENGTH, Workshop
+from p3s_cli.world.recipe.workshop import Workshop
 from p3s_cli.world.scenes import SIZE
 
 
@@ -25,7 +25,7 @@ def stage_vae(shop: Workshop) -> None:
         return int(min(max(x, 0), SIZE - crop)), int(min(max(y, 0), SIZE - crop))
 
     def loss(step: int, generator: torch.Generator):
-        index = shop.pool.draw(LENGTH["vae"].batch, generator)
+        index = shop.pool.draw(shop.length("vae").batch, generator)
         chance = torch.rand(len(index), 3, generator=generator).tolist()
         corners = [corner(i, *c) for i, c in zip(index.tolist(), chance, strict=True)]
         pixels = shop.pool.pixels(index)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
 from p3s_cli.world import models
-from p3s_cli.world.recipe.workshop import LENGTH, Workshop
+from p3s_cli.world.recipe.workshop import Workshop
 from p3s_cli.world.scenes import SIZE, Wording, caption, sample_scene
 
 
@@ -26,7 +26,7 @@ def stage_clip(shop: Workshop) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     clip = models.build_clip(tokenizer).to(shop.device)
     shown = _Glimpse(shop, "clip", clip, share=lambda progress: 0.25 if progress < 0.94 else 1.0)
-    _contrast(shop, "clip", clip, tokenizer, shown, alike=0.0)
+    _contrast(shop, "clip", clip, shown, alike=0.0)
 
 
 def stage_vision(shop: Workshop) -> None:
@@ -35,11 +35,10 @@ def stage_vision(shop: Workshop) -> None:
     Half of the batches share one background, so that categories and looks have to be told apart, and at
     the end all patches are shown: from a quarter of them no outline can be learnt.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device)
     clip.text_model.requires_grad_(False)
     shown = _Glimpse(shop, "vision", clip, share=lambda progress: 0.5 if progress < 0.75 else 1.0)
-    _contrast(shop, "vision", clip, tokenizer, shown, alike=0.5)
+    _contrast(shop, "vision", clip, shown, alike=0.5)
 
 
 def stage_vision_long(shop: Workshop) -> None:
@@ -47,30 +46,37 @@ def stage_vision_long(shop: Workshop) -> None:
 
     Told by whole captions only, the tower leans on colours and grounds, which are easier than outlines.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device)
     clip.text_model.requires_grad_(False)
     shown = _Glimpse(shop, "vision_long", clip, share=lambda progress: 0.5 if progress < 0.8 else 1.0)
     wordings: tuple[Wording, ...] = ("kind", "kind", "full", "full", "place")
-    _contrast(shop, "vision_long", clip, tokenizer, shown, alike=0.5, wordings=wordings)
+    _contrast(shop, "vision_long", clip, shown, alike=0.5, wordings=wordings)
 
 
-def stage_vision_head(shop: Workshop) -> None:
-    """The vision tower's last layer and projection go on alone: what outlines mean is left to learn, not to see.
+def stage_vision_kinds(shop: Workshop) -> None:
+    """The vision tower's upper half and projection go on alone: what outlines mean is left to learn, not to see.
 
-    Masks read the layers below, which stay as they are.
+    Scenes are shifted and mirrored, for it is kinds it has not seen in this place and size that it mistook.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device).requires_grad_(False)
-    for part in (clip.vision_model.encoder.layers[-1], clip.vision_model.post_layernorm, clip.visual_projection):
+    layers = clip.vision_model.encoder.layers
+    for part in (*layers[len(layers) // 2 :], clip.vision_model.post_layernorm, clip.visual_projection):
         part.requires_grad_(True)
-    below = _below(shop, clip)
 
     def look(index: Tensor, step: int, generator: torch.Generator) -> Tensor:
-        return last_look(clip, below[index].to(shop.device))
+        pixels = _moved(shop.pool.pixels(index), generator)
+        return clip.visual_projection(clip.vision_model(pixels).pooler_output)
 
     wordings: tuple[Wording, ...] = ("kind", "kind", "kind", "full", "place")
-    _contrast(shop, "vision_head", clip, tokenizer, look, alike=0.5, wordings=wordings)
+    _contrast(shop, "vision_kinds", clip, look, alike=0.5, wordings=wordings)
+
+
+def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, 3, H, W), all shifted by up to a patch either way, every other time mirrored."""
+    dx, dy, mirrored = (int(torch.randint(n, (1,), generator=generator)) for n in (17, 17, 2))
+    size = pixels.shape[-1]
+    moved = F.pad(pixels, (8, 8, 8, 8), mode="replicate")[..., dy : dy + size, dx : dx + size]
+    return moved.flip(-1) if mirrored else moved
 
 
 class _Glimpse:
@@ -78,7 +84,7 @@ class _Glimpse:
 
     def __init__(self, shop: Workshop, stage: str, clip: CLIPModel, share: Callable[[float], float]):
         self._shop, self._clip, self._share = shop, clip, share
-        self._steps = shop.steps or LENGTH[stage].steps
+        self._steps = shop.length(stage).steps
         self._patches = (SIZE // clip.config.vision_config.patch_size) ** 2
 
     def __call__(self, index: Tensor, step: int, generator: torch.Generator) -> Tensor:
@@ -91,40 +97,10 @@ class _Glimpse:
         return self._clip.visual_projection(tower.post_layernorm(hidden[:, 0]))
 
 
-@torch.no_grad()
-def _below(shop: Workshop, clip: CLIPModel) -> Tensor:
-    """(N, 257, D), what reaches the last layer from every scene of the pool; half precision, for it is gigabytes."""
-    found = []
-    for rows in torch.arange(len(shop.pool.scenes)).split(64):
-        with shop.autocast():
-            states = clip.vision_model(shop.pool.pixels(rows), output_hidden_states=True).hidden_states
-        found.append(states[-2].half().cpu())
-    return torch.cat(found)
-
-
-def last_look(clip: CLIPModel, below: Tensor) -> Tensor:
-    """Projected vectors (B, D) from what reaches the last layer (B, 257, D), computed for the class token alone."""
-    tower, layer = clip.vision_model, clip.vision_model.encoder.layers[-1]
-    attention, known = layer.self_attn, layer.layer_norm1(below.float())
-    query, key, value = (
-        projection(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for projection, x in (
-            (attention.q_proj, known[:, :1]),
-            (attention.k_proj, known),
-            (attention.v_proj, known),
-        )
-    )
-    seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-    hidden = below[:, :1].float() + attention.out_proj(seen)
-    hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-    return clip.visual_projection(tower.post_layernorm(hidden[:, 0]))
-
-
 def _contrast(
     shop: Workshop,
     stage: str,
     clip: CLIPModel,
-    tokenizer: CLIPTokenizer,
     look: Callable[[Tensor, int, torch.Generator], Tensor],
     alike: float,
     wordings: tuple[Wording, ...] = ("full",),
@@ -138,14 +114,14 @@ def _contrast(
     def loss(step: int, generator: torch.Generator):
         wording = wordings[int(torch.randint(len(wordings), (1,), generator=generator))]
         one_place = wording != "place" and torch.rand(1, generator=generator).item() < alike
-        index = (shop.pool.draw_alike if one_place else shop.pool.draw)(LENGTH[stage].batch, generator)
+        index = (shop.pool.draw_alike if one_place else shop.pool.draw)(shop.length(stage).batch, generator)
         captions = shop.pool.captions(index, generator, wording)
-        tokens = tokenizer(captions, padding=True, return_tensors="pt").to(shop.device)
+        ids = shop.tokens(captions).to(shop.device).long()
         with shop.autocast():
             image = F.normalize(look(index, step, generator).float(), dim=-1)
-            text = clip.text_projection(clip.text_model(**tokens).pooler_output).float()
+            text = clip.text_projection(clip.text_model(ids).pooler_output).float()
         logits = clip.logit_scale.clamp(max=4.6).exp() * image @ F.normalize(text, dim=-1).T
-        equal = torch.tensor([[float(a == b) for b in captions] for a in captions], device=shop.device)
+        equal = (ids[:, None] == ids[None]).all(-1).float()
         target = equal / equal.sum(1, keepdim=True)
         value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         found = equal.gather(1, logits.argmax(1, keepdim=True)).mean().item()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import ResNetForImageClassification
 
 from p3s_cli.world.readers import GROUPS, LABELS, build_identity_encoder, build_label_reader, true_labels
-from p3s_cli.world.recipe.workshop import LENGTH, Workshop
+from p3s_cli.world.recipe.workshop import Workshop
 from p3s_cli.world.render import render
 from p3s_cli.world.scenes import ACCESSORIES, CATEGORIES, Scene, sample_instance, solo
 
@@ -40,7 +40,7 @@ def _label(shop: Workshop, stage: str, reader: ResNetForImageClassification) -> 
     decoded = _decode(shop, shop.pool.images[again])
 
     def loss(step: int, generator: torch.Generator):
-        half = LENGTH[stage].batch // 2
+        half = shop.length(stage).batch // 2
         plain = few[torch.randint(len(few), (half,), generator=generator)]
         passed = torch.randint(len(again), (half,), generator=generator)
         pixels = torch.cat((shop.pool.images[plain], decoded[passed]))
@@ -62,7 +62,7 @@ def stage_identity(shop: Workshop) -> None:
     portraits = _portraits(shop)
 
     def loss(step: int, generator: torch.Generator):
-        n = LENGTH["identity"].batch // 2
+        n = shop.length("identity").batch // 2
         kind = int(torch.randint(len(CATEGORIES), (1,), generator=generator))
         who = torch.randperm(_INDIVIDUALS // len(CATEGORIES), generator=generator)[:n] * len(CATEGORIES) + kind
         views = torch.rand(n, _PORTRAITS, generator=generator).argsort(1)[:, :2]
@@ -81,7 +81,8 @@ def stage_identity(shop: Workshop) -> None:
 
 def true_vectors(scenes: Sequence[Scene]) -> Tensor:
     """(N, labels): one for each label that is true of a scene."""
-    return torch.tensor([[float(x in true_labels(s)) for x in LABELS] for s in scenes])
+    found = map(true_labels, scenes)
+    return torch.tensor([[float(label in true) for label in LABELS] for true in found]).view(-1, len(LABELS))
 
 
 def misread(logits: Tensor, truth: Tensor) -> Tensor:

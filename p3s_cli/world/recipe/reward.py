@@ -17,15 +17,15 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from p3s_cli.world.readers import GROUPS, LABELS
 from p3s_cli.world.recipe.denoiser import Shelf, Teacher
 from p3s_cli.world.recipe.readers import misread, settle, true_vectors
-from p3s_cli.world.recipe.workshop import LENGTH, Workshop
+from p3s_cli.world.recipe.workshop import Workshop, at_a_time
 from p3s_cli.world.scenes import Scene, caption
 
-_READ = 16_000  # scenes of either pool whose predictions are kept, to learn to read
-_PROMPTS, _SAMPLING_STEPS = 48, 20  # of one round of sampling
+_READ = 98_304  # scenes of either pool, at most, whose predictions are kept, to learn to read
+_SAMPLING_STEPS = 20  # of one round of sampling
 _ROUND = 25  # training steps on the states of one
 _GUIDANCE = (1.0, 6.0)
 _FROM = 150  # below this timestep nothing that has a name is decided
-_OWN = 32  # of a batch, states of the U-Net's own sampling; the rest is noised scenes
+_OWN = 2 / 3  # of a batch, states of the U-Net's own sampling; the rest is noised scenes
 _WEIGHT = 0.03  # its gradient is then one to three times that of the denoising loss
 
 
@@ -34,23 +34,23 @@ def stage_reward(shop: Workshop) -> None:
     torch.manual_seed(shop.seed)
     reader = _build_reader().to(shop.device, memory_format=torch.channels_last).train()
     shelves = Shelf(shop, shop.pool, "latents"), Shelf(shop, shop.patterns, "latents_patterns")
-    teacher = Teacher(shop, UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device).eval())
+    teacher = Teacher(shop, UNet2DConditionModel.from_pretrained(shop.family / "unet").eval())
     pairs = [_predictions(shop, teacher, shelf) for shelf in shelves]
     latents, t, truth = (torch.cat(parts) for parts in zip(*pairs, strict=True))
 
     def loss(step: int, generator: torch.Generator):
-        index = torch.randint(len(latents), (LENGTH["reward"].batch,), generator=generator)
+        index = torch.randint(len(latents), (shop.length("reward").batch,), generator=generator).to(shop.device)
         shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
-        x = latents[index] + 0.05 * torch.randn(latents[index].shape, generator=generator)
+        x = latents[index] + 0.05 * shelves[0].noise(latents[index].shape, generator)
         x = torch.roll(F.pad(x, (1, 1, 1, 1), mode="replicate"), shift, (2, 3))[..., 1:-1, 1:-1]
         with shop.autocast():
-            logits = _read(reader, x.to(shop.device), t[index].to(shop.device))
-        losses = misread(logits, truth[index].to(shop.device))
+            logits = _read(reader, x, t[index])
+        losses = misread(logits, truth[index])
         return losses.sum(1).mean(), dict(zip(GROUPS, losses.mean(0).tolist(), strict=True))
 
     shop.fit("reward", reader, loss, weight_decay=0.01, ema=0.0)
     chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(shop.seed))[:4096]
-    settle(reader, (_shown(latents[rows].to(shop.device), t[rows].to(shop.device)) for rows in chosen.split(128)))
+    settle(reader, (_shown(latents[rows], t[rows]) for rows in chosen.to(shop.device).split(128)))
     reader.save_pretrained(shop.work / "reward")
 
 
@@ -60,48 +60,56 @@ def stage_unet_reward(shop: Workshop) -> None:
     Of a state x_t the prediction x0 is read without guidance, which would only sharpen what the words do.
     A run that goes on from a checkpoint samples anew: as good, but not the same to the bit.
     """
-    unet = UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device)
-    teacher, shelf = Teacher(shop, unet), Shelf(shop, shop.pool, "latents")
+    teacher = Teacher(shop, UNet2DConditionModel.from_pretrained(shop.family / "unet"))
+    shelf = Shelf(shop, shop.pool, "latents")
     reader = ResNetForImageClassification.from_pretrained(shop.work / "reward").to(shop.device).eval()
     reader.requires_grad_(False)
+    own_share = int(_OWN * shop.length("unet_reward").batch)
+    of = one_or_two_kinds(shelf.pool.scenes)
     own: list[Walks] = []
 
     def loss(step: int, generator: torch.Generator):
         if not own or step % _ROUND == 0:
-            own[:] = [Walks(teacher, shelf.pool.scenes, generator)]
-        batch = shelf.draw(LENGTH["unet_reward"].batch - _OWN, 0.5, generator)
+            own[:] = [Walks(teacher, of, generator, own_share)]
+        batch = shelf.draw(shop.length("unet_reward").batch - own_share, 0.5, generator)
         x, target = teacher.states(batch)
-        walked, walked_t, captions, truth = own[0].draw(_OWN, generator)
-        t = torch.cat((batch.t.to(shop.device), walked_t))
-        eps, own_eps = teacher.predict(torch.cat((x, walked)), t, batch.captions + captions).split(
+        walked, walked_t, ids, truth = own[0].draw(own_share, generator)
+        t = torch.cat((batch.t, walked_t))
+        eps, own_eps = teacher.predict(torch.cat((x, walked)), t, torch.cat((batch.ids, ids))).split(
             (len(x), len(walked))
         )
-        denoised = teacher.loss(eps, target, batch, subject_weight=6.0)
-        losses = misread(_read(reader, clean(teacher, walked, own_eps, walked_t), walked_t), truth)
+        denoised = teacher.loss(eps, target, batch)
+        with shop.autocast():
+            logits = _read(reader, clean(teacher, walked, own_eps, walked_t), walked_t)
+        losses = misread(logits, truth)
         # an x0 moves 1 / sqrt(SNR) times as far as the noise does: noisy states would be all that is heard
         heard = teacher.snr(walked_t).sqrt().clamp(max=1)
         numbers = {"denoised": denoised.item(), **dict(zip(GROUPS, losses.mean(0).tolist(), strict=True))}
         return denoised + _WEIGHT * (heard * losses.sum(1)).mean(), numbers
 
-    shop.fit("unet_reward", unet, loss, weight_decay=0.01, ema=0.99)
-    unet.save_pretrained(shop.family / "unet")
+    shop.fit("unet_reward", teacher.unet, loss, weight_decay=0.01, ema=0.99)
+    teacher.unet.save_pretrained(shop.family / "unet")
 
 
 class Walks:
-    """The states of one round of guided sampling (DDIM), from captions that leave nothing out."""
+    """The states of one round of guided sampling (DDIM), from captions that leave nothing out: half of them of the first
+    scenes, half of the others."""
 
     @torch.no_grad()
     def __init__(
         self,
         teacher: Teacher,
-        scenes: list[Scene],
+        of: tuple[list[Scene], list[Scene]],
         generator: torch.Generator,
-        prompts: int = _PROMPTS,
+        prompts: int,
         steps: int = _SAMPLING_STEPS,
     ):
         device = teacher.shop.device
-        told = _told(scenes, prompts, generator)
+        told = [s[i] for s in of for i in torch.randint(len(s), (prompts // 2,), generator=generator).tolist()]
+        prompts = len(told)
         self.captions = [caption(s, 0, full=True) for s in told]
+        self.ids = teacher.shop.tokens(self.captions).to(device)
+        silence = teacher.shop.tokens([""]).to(device).expand_as(self.ids)
         self.truth = named_vectors(told).to(device)
         low, high = _GUIDANCE
         self.guidance = (low + (high - low) * torch.rand(prompts, 1, 1, 1, generator=generator)).to(device)
@@ -110,23 +118,22 @@ class Walks:
         x, states = torch.randn(prompts, 4, 16, 16, generator=generator).to(device), []
         for t in self.t:
             states.append(x)
-            both = teacher.predict(torch.cat((x, x)), t.expand(2 * prompts), self.captions + prompts * [""])
+            both = teacher.predict(torch.cat((x, x)), t.expand(2 * prompts), torch.cat((self.ids, silence)))
             words, free = both.chunk(2)
             x = teacher.scheduler.step(free + self.guidance * (words - free), t, x).prev_sample
         self.states = torch.stack(states, 1)
 
-    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str], Tensor]:
-        """States (n, 4, 16, 16), their t (n,), captions, and the labels these name (n, labels)."""
-        who = torch.randint(len(self.captions), (n,), generator=generator)
-        when = torch.randint(len(self.t), (n,), generator=generator)
-        return self.states[who, when], self.t[when], [self.captions[i] for i in who.tolist()], self.truth[who]
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """States (n, 4, 16, 16), their t (n,), captions as token ids (n, 77), and the labels these name (n, labels)."""
+        who = torch.randint(len(self.captions), (n,), generator=generator).to(self.t.device)
+        when = torch.randint(len(self.t), (n,), generator=generator).to(self.t.device)
+        return self.states[who, when], self.t[when], self.ids[who], self.truth[who]
 
 
-def _told(scenes: list[Scene], n: int, generator: torch.Generator) -> list[Scene]:
-    """So many scenes, half of them of one subject, half of two kinds."""
+def one_or_two_kinds(scenes: list[Scene]) -> tuple[list[Scene], list[Scene]]:
+    """The scenes of one subject, and those of two kinds."""
     one = [s for s in scenes if len(s.subjects) == 1]
-    two = [s for s in scenes if len(s.subjects) == 2 and len({p.instance.category for p in s.subjects}) == 2]
-    return [of[i] for of in (one, two) for i in torch.randint(len(of), (n // 2,), generator=generator).tolist()]
+    return one, [s for s in scenes if len(s.subjects) == 2 and len({p.instance.category for p in s.subjects}) == 2]
 
 
 def named_vectors(scenes: list[Scene]) -> Tensor:
@@ -171,17 +178,13 @@ def _predictions(shop: Workshop, teacher: Teacher, shelf: Shelf) -> tuple[Tensor
     generator = torch.Generator().manual_seed(shop.seed)
     few = torch.tensor([i for i, s in enumerate(shelf.pool.scenes) if len(s.subjects) < 3])
     index = few[torch.randperm(len(few), generator=generator)[:_READ]]
-    t = torch.randint(_FROM, 1000, (len(index),), generator=generator)
-    silent = torch.rand(len(index), generator=generator) < 0.5
-    captions = [
-        "" if s else c
-        for s, c in zip(silent.tolist(), shelf.pool.captions(index, generator, complete=1.0), strict=True)
-    ]
-    true = torch.arange(len(index)) % 2 == 0
+    n, truth = len(index), true_vectors([shelf.pool.scenes[i] for i in index.tolist()]).to(shop.device)
+    t = torch.randint(_FROM, 1000, (n,), generator=generator).to(shop.device)
+    silent, index = torch.rand(n, generator=generator) < 0.5, index.to(shop.device)
+    ids = shelf.said(index, torch.ones(n, dtype=torch.long), silent)
+    true = torch.arange(n, device=shop.device) % 2 == 0
     latents = shelf.latents[index]
-    for rows in (~true).nonzero()[:, 0].split(128):
-        x0, level = latents[rows].to(shop.device), t[rows].to(shop.device)
-        x = teacher.scheduler.add_noise(x0, torch.randn(x0.shape, generator=generator).to(shop.device), level)
-        eps = teacher.predict(x, level, [captions[i] for i in rows.tolist()])
-        latents[rows] = clean(teacher, x, eps, level).cpu()
-    return latents, t.masked_fill(true, 0), true_vectors([shelf.pool.scenes[i] for i in index.tolist()])
+    for rows in (~true).nonzero()[:, 0].split(2 * at_a_time(shop.device)):
+        x = teacher.scheduler.add_noise(latents[rows], shelf.noise(latents[rows].shape, generator), t[rows])
+        latents[rows] = clean(teacher, x, teacher.predict(x, t[rows], ids[rows]), t[rows])
+    return latents, t.masked_fill(true, 0), truth

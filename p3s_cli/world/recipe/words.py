@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from p3s_cli.world.recipe.workshop import LENGTH, Workshop
+from p3s_cli.world.recipe.workshop import Workshop
 from p3s_cli.world.scenes import caption
 
 _LENGTH = 40  # tokens: longer than any caption, with some of the padding that the U-Net also reads
@@ -55,7 +55,7 @@ def stage_words(shop: Workshop) -> None:
     known = _known(shop, tokenizer)
 
     def loss(step: int, generator: torch.Generator):
-        captions = shop.pool.captions(shop.pool.draw(LENGTH["words"].batch, generator), generator)
+        captions = shop.pool.captions(shop.pool.draw(shop.length("words").batch, generator), generator)
         ids = tokenizer(captions, padding="max_length", max_length=_LENGTH, return_tensors="pt").input_ids
         wanted = phrases(ids, starts, tokenizer.eos_token_id, len(known)) & known
         said = wanted.any(-1)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import CLIPTokenizer
 
 from p3s_cli.sd.train import Checkpoint, Recipe, train
+from p3s_cli.world.recipe.tokens import Tokens
 from p3s_cli.world.render import render
 from p3s_cli.world.scenes import (
     BACKGROUNDS,
@@ -42,18 +44,15 @@ LENGTH = {
     "words": Length(900, 128, 1e-3),
     "vision": Length(900, 96, 7e-4),
     "vision_long": Length(1_800, 96, 7e-4),
-    "vision_head": Length(6_000, 96, 1e-3),
-    "unet": Length(4_800, 32, 5e-4),
-    "unet_long": Length(6_000, 32, 5e-4),
-    "unet_detail": Length(2_800, 32, 5e-4),
-    "unet_pattern": Length(4_500, 32, 5e-4),
-    "reward": Length(2_400, 128, 2e-3),
-    "unet_reward": Length(1_150, 48, 2e-4),
+    "vision_kinds": Length(1_500, 768, 7e-4),
+    "unet": Length(9_000, 512, 1e-3),
+    "reward": Length(5_000, 256, 2e-3),
+    "unet_reward": Length(500, 384, 2e-4),
     "labels": Length(6_000, 96, 3e-3),
     "labels_long": Length(4_000, 96, 1.5e-3),
     "identity": Length(1_200, 128, 2e-3),
 }
-SCENES = 32_000
+SCENES = 196_608
 
 
 class Pool:
@@ -78,10 +77,11 @@ class Pool:
     @cached_property
     def _drawn(self) -> tuple[Tensor, Tensor]:
         images, subjects = [], []
-        for i in range(0, len(self.scenes), 64):
-            pixels, masks = render(self.scenes[i : i + 64], self.device)
+        at_once = at_a_time(self.device)
+        for i in range(0, len(self.scenes), at_once):
+            pixels, masks = render(self.scenes[i : i + at_once], self.device)
             images.append((255 * pixels).round().to(torch.uint8))
-            subjects.append((255 * F.avg_pool2d(masks.amax(1, keepdim=True).float(), 8)).round().to(torch.uint8))
+            subjects.append((255 * F.avg_pool2d(masks.any(1, keepdim=True).float(), 8)).round().to(torch.uint8))
         return torch.cat(images), torch.cat(subjects).cpu()
 
     def pixels(self, index: Tensor) -> Tensor:
@@ -110,14 +110,27 @@ class Pool:
         return torch.randint(len(self.scenes), (n,), generator=generator)
 
 
+def at_a_time(device: str) -> int:
+    """How many pictures to draw, encode or look at together: what fits a processor's cache, or fills a card."""
+    return 64 if device == "cpu" else 2048
+
+
 class Workshop:
     """One run of the recipe: where its files are, on which device, how it reports."""
 
     def __init__(
-        self, work: Path, device: str, seed: int, scenes: int, steps: int | None, until: int | None, compiled: bool
+        self,
+        work: Path,
+        device: str,
+        seed: int,
+        scenes: int,
+        steps: int | None = None,
+        batch: int | None = None,
+        until: int | None = None,
+        compiled: bool = False,
     ):
-        self.work, self.device, self.seed, self.steps, self.until = work, device, seed, steps, until
-        self.compiled = compiled
+        self.work, self.device, self.seed, self.until, self.compiled = work, device, seed, until, compiled
+        self._asked = {k: v for k, v in (("steps", steps), ("batch", batch)) if v is not None}
         self.family = work / "family"
         self._scenes = scenes
 
@@ -131,6 +144,15 @@ class Workshop:
         seeds = range(self._scenes // len(PATTERNS))
         return Pool([scene for seed in seeds for scene in each_pattern(sample_scene(seed))], self.device)
 
+    @cached_property
+    def tokens(self) -> Tokens:
+        return Tokens(CLIPTokenizer.from_pretrained(self.family / "tokenizer"))
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """Of the U-Net's weights: a card's matrix units read channels last."""
+        return torch.contiguous_format if self.device == "cpu" else torch.channels_last
+
     def log(self, stage: str, row: dict) -> None:
         line = json.dumps({"stage": stage, **row})
         self.work.mkdir(parents=True, exist_ok=True)
@@ -141,9 +163,13 @@ class Workshop:
     def autocast(self):
         return torch.autocast(self.device.split(":")[0], torch.bfloat16)
 
+    def length(self, stage: str) -> Length:
+        """The recipe's, but for what this run was asked for."""
+        return replace(LENGTH[stage], **self._asked)
+
     def ended(self, stage: str) -> bool:
         """Whether this run takes the stage to its end, and not only `until` a step before."""
-        return self.until is None or self.until >= (self.steps or LENGTH[stage].steps)
+        return self.until is None or self.until >= self.length(stage).steps
 
     def _checkpoint(self, stage: str) -> Checkpoint:
         folder = self.work / "checkpoints" / stage
@@ -152,12 +178,12 @@ class Workshop:
 
     def fit(self, stage: str, module: nn.Module, loss: Callable, weight_decay: float, ema: float) -> None:
         """Train all of `module`, leaving the weights to keep in it."""
-        steps = self.steps or LENGTH[stage].steps
+        length = self.length(stage)
         recipe = Recipe(
-            steps,
-            LENGTH[stage].lr,
+            length.steps,
+            length.lr,
             weight_decay,
-            warmup=min(200, steps // 10),
+            warmup=min(200, length.steps // 10),
             decay="cosine",
             ema=ema,
             seed=self.seed,
@@ -169,7 +195,7 @@ class Workshop:
         def on_step(step: int, total: int, numbers: dict[str, float]) -> None:
             first[0] = first[0] or step
             if step % 50 == 0 or step == total:
-                rate = (step - first[0] + 1) * LENGTH[stage].batch / (time.monotonic() - started)
+                rate = (step - first[0] + 1) * length.batch / (time.monotonic() - started)
                 self.log(
                     stage,
                     {
