@@ -1,4 +1,4 @@
-"""P3S on a card, at SD v1-5's exact shape with random weights: what issue-sized bars are about, within three minutes.
+"""P3S on a card, at SD v1-5's exact shape with random weights: training and drawing against diffusers' own, within three minutes.
 
     python benchmarks/gpu.py --out FOLDER [--seconds 150] [--steps 300]
     python benchmarks/gpu.py --out FOLDER --reduced --device cpu --steps 12    # narrow models: only that all of it runs
@@ -24,7 +24,7 @@ STARTED = time.perf_counter()
 
 import torch  # noqa: E402
 from sd15 import in_memory  # noqa: E402
-from speed import in_turn, parts, peak_gigabytes, plain, scenes, wait  # noqa: E402
+from speed import in_turn, parts, peak_gigabytes, plain, wait  # noqa: E402
 from tables import machine, markdown  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
@@ -37,6 +37,9 @@ from p3s_cli.methods.sampling import settled  # noqa: E402
 from p3s_cli.sd import images, sample  # noqa: E402
 from p3s_cli.sd.family import Family  # noqa: E402
 from p3s_cli.subject import Subject  # noqa: E402
+from p3s_cli.world import seeds  # noqa: E402
+from p3s_cli.world.render import click, render  # noqa: E402
+from p3s_cli.world.scenes import lookalike_scene  # noqa: E402
 
 PROMPT = "a [V] vase on the beach"
 BARS = {
@@ -108,6 +111,7 @@ def tune(
     at: Callable[[int], None] | None = None,
     **more: object,
 ) -> Run:
+    """`more` is `batch`, and settings of the control; `at` hears of each step that is done."""
     batch = more.pop("batch", None)
     config = FinetuneConfig(ControlConfig(**more), steps=steps, batch=batch, captured=captured)
     run, means = Run(time.perf_counter(), [], [], {}), []
@@ -142,7 +146,19 @@ def flop(family: Family, subject: Subject) -> dict[str, float]:
     return {"TFLOP of a training step": (seen[1] - seen[0]) / 1e12}
 
 
+def references(family: Family, root: Path, n: int) -> None:
+    """A subject of `n` photos under their true masks, since a random vision tower finds none."""
+    for i in range(n):
+        pixels, masks = render([lookalike_scene(seeds.SINGLE + 13 + i)])
+        photo, truth = root.parent / f"{i}.png", stages.Truth(masks[0, 0].bool(), masks[0, 1].bool())
+        images.save_png(photo, images.to_pil(pixels[0]))
+        points = [click(masks[0, 0])], [click(masks[0, 1])]
+        stages.mask(photo, *points, root, "vase", truth=truth, family=family)
+
+
 class Bench:
+    """The parts that measure one subject, and what a later part takes from an earlier one."""
+
     def __init__(self, family: Family, root: Path, report: Report, steps: int):
         self.family, self.root, self.report, self.steps = family, root, report, steps
         self.subject = Subject.open(root)
@@ -151,6 +167,7 @@ class Bench:
         self.learnt: Learnt | None = None
 
     def tuning(self, captured: bool) -> dict[str, float]:
+        """A whole run, or enough of it for its step where nothing is recorded."""
         kind, steps = ("captured", self.steps) if captured else ("eager", min(self.steps, 40))
         run = self.runs[kind] = tune(self.family, self.subject, steps, captured)
         recipe = P3S().recipe(self.family.profile, FinetuneConfig(steps=steps))
@@ -180,6 +197,7 @@ class Bench:
         return made | {"training step's floor, ms": floor * 1e3}
 
     def losses(self) -> dict[str, float]:
+        """Both kinds of step draw the same and begin alike; eager masters are cast by autocast, whose norms are in float32."""
         pairs = list(zip(self.runs["eager"].losses[:10], self.runs["captured"].losses[:10], strict=True))
         print("losses, eager and captured:", [(round(a, 4), round(b, 4)) for a, b in pairs], flush=True)
         return {"losses of 10 steps, captured vs eager, largest difference": max(abs(b / a - 1) for a, b in pairs)}
@@ -261,6 +279,7 @@ class Bench:
         return {"kernels of a captured training step": count, "the sum of their times, ms": busy}
 
     def growth(self) -> dict[str, float]:
+        """Training at batch 4, and without the forward pass for the kept ground."""
         found = {
             f"training step, batch {n}, captured, ms": tune(self.family, self.subject, 16, True, batch=n).step * 1e3
             for n in (4,)
@@ -271,6 +290,7 @@ class Bench:
         return found
 
     def grown(self) -> dict[str, float]:
+        """Drawing of other numbers of images, references and pixels."""
         edge = self.family.profile.image_size * 3 // 2
         cases = {
             "1 image": {"n": 1},
@@ -325,8 +345,7 @@ def main() -> None:
         family = in_memory(root / "family", args.reduced, args.device)
         wait(family.device)
         report.part("rates", 3, lambda: rates(family.device))
-        for photo, positive, negative in scenes(root, 2):
-            stages.mask(photo, [positive], [negative], root / "subject", "vase", family=family)
+        references(family, root / "subject", 2)
         print(f"{time.perf_counter() - STARTED:6.1f}  models made and two photos masked", flush=True)
         measure(report, Bench(family, root / "subject", report, args.steps))
     print(json.dumps({name: round(value, 4) for name, value in report.found.items()}), flush=True)

@@ -60,18 +60,19 @@ class TextKeys:
     """
 
     def __init__(self) -> None:
-        self._known: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._known: list[tuple[Tensor, int, Tensor, Tensor]] = []
 
     def __call__(self, attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
-        """states (B, 77, D), recognised as the very same tensor -> keys, values (B, heads, 77, d)."""
+        """states (B, 77, D), recognised as the very same tensor, unchanged -> keys, values (B, heads, 77, d)."""
         # training draws other texts at every step; a graph, compiled or recorded, would not notice that another tensor came
         keeps = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _capturing(states))
-        for known, keys, values in self._known if keeps else ():
-            if known is states:
+        version = 0 if not keeps or states.is_inference() else states._version
+        for known, its_version, keys, values in self._known if keeps else ():
+            if known is states and its_version == version:
                 return keys, values
         keys, values = _heads(attn, attn.to_k, states), _heads(attn, attn.to_v, states)
         if keeps:
-            self._known = [*self._known[-1:], (states, keys, values)]
+            self._known = [*self._known[-1:], (states, version, keys, values)]
         return keys, values
 
 
