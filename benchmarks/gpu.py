@@ -171,7 +171,8 @@ class Bench:
         kind, steps = ("captured", self.steps) if captured else ("eager", min(self.steps, 40))
         run = self.runs[kind] = tune(self.family, self.subject, steps, captured)
         recipe = P3S().recipe(self.family.profile, FinetuneConfig(steps=steps))
-        self.learnt = Learnt(self.subject, {n: t.half() for n, t in run.tensors.items()}, as_settings(recipe))
+        halves = {n: t.to(self.family.device, torch.float16) for n, t in run.tensors.items()}
+        self.learnt, run.tensors = Learnt(self.subject, halves, as_settings(recipe)), {}
         steps_alone = (run.clock[-1] - run.clock[0]) * self.steps / (steps - 1)
         found = {
             f"training step, {kind}, ms": run.step * 1e3,
@@ -235,8 +236,10 @@ class Bench:
             pipeline()
             wait(family.device)
             taken["plain"].append(time.perf_counter() - started)
+            print(f"        plain {taken['plain'][-1]:.3f} s", flush=True)
             for name, options in kinds.items():
                 warm, *counted = self.draw(name, n, **options)
+                print(f"        {name} {warm:.3f} s, then {counted[0]:.3f}", flush=True)
                 first.setdefault(name, warm)
                 taken[name] += counted
         found = {f"{name}, {n} images, seconds": median(t) for name, t in taken.items()}
@@ -245,7 +248,7 @@ class Bench:
         return found | {f"{name}, {n} images, vs plain": median(taken[name]) / base for name in kinds}
 
     def drawn(self) -> dict[str, float]:
-        kinds = {"eager": {}, "captured": {}, "fast captured": {}, "fast eager": {}}
+        kinds = {"eager": {}, "captured": {}, "fast captured": {}}
         found = self.drawing(4, kinds, 2)
         named = {
             "generate_vs_plain": "eager",
@@ -305,18 +308,21 @@ class Bench:
 
     def levers(self) -> dict[str, float]:
         """What was not taken: kernels chosen by timing, and channels last."""
-        found = {}
-        for name, switch in (("cudnn.benchmark", self._benchmark), ("both, channels last", self._channels_last)):
-            switch()
-            found[f"training step, captured, {name}, ms"] = tune(self.family, self.subject, 16, True).step * 1e3
-            found[f"captured, 4 images, {name}, seconds"] = self.draw("captured")[-1]
+        found, unet = {}, self.family.unet
+        try:
+            for name in ("cudnn.benchmark", "cudnn.benchmark and channels last"):
+                torch.backends.cudnn.benchmark = True
+                if "channels" in name:
+                    unet.to(memory_format=torch.channels_last)
+                found[f"training step, captured, {name}, ms"] = tune(self.family, self.subject, 16, True).step * 1e3
+                print(
+                    f"        training step, {name} {found[f'training step, captured, {name}, ms']:.2f} ms", flush=True
+                )
+                found[f"captured, 4 images, {name}, seconds"] = self.draw("captured")[-1]
+        finally:
+            torch.backends.cudnn.benchmark = False
+            unet.to(memory_format=torch.contiguous_format)
         return found
-
-    def _benchmark(self) -> None:
-        torch.backends.cudnn.benchmark = True
-
-    def _channels_last(self) -> None:
-        self.family.unet.to(memory_format=torch.channels_last)
 
     def whole(self) -> dict[str, float]:
         """The stages themselves, files and all."""
@@ -363,11 +369,11 @@ def measure(report: Report, bench: Bench) -> None:
     report.part("pixels, captured vs eager", 0, bench.pixels)
     report.part("peak", 0, lambda: {"peak GB, drawing": peak_gigabytes(bench.family.device)})
     report.part("kernels", 7, bench.kernels)
-    report.part("growth of training", 12, bench.growth)
-    report.part("drawing without reuse", 8, bench.every_step)
-    report.part("growth of drawing", 10, bench.grown)
     report.part("the stages", 15, bench.whole)
-    report.part("levers", 15, bench.levers)
+    report.part("growth of training", 12, bench.growth)
+    report.part("growth of drawing", 8, bench.grown)
+    report.part("levers", 12, bench.levers)
+    report.part("drawing without reuse", 8, bench.every_step)
 
 
 if __name__ == "__main__":

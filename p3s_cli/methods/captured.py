@@ -33,15 +33,20 @@ def possible(device: str, steps: int) -> bool:
 
 def record(work: Callable[[], R]) -> tuple[Callable[[], None], R]:
     """A CUDA graph of `work`, which runs twice before, for what libraries set up at their first call."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
+    own, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(own)
     with torch.cuda.stream(aside):
         for _ in range(2):
             work()
-    torch.cuda.current_stream().wait_stream(aside)
+    own.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
+    try:
+        with torch.cuda.graph(graph):
+            result = work()
+    except RuntimeError:
+        torch.cuda.set_stream(own)  # a recording that breaks off leaves its own stream in this one's place
+        torch.cuda.synchronize()
+        raise
     return graph.replay, result
 
 
