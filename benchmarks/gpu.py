@@ -207,7 +207,7 @@ class Bench:
         """Seconds of sampling and decoding `n` images under a bound subject, the first time with what is recorded then."""
         family, taken = self.family, []
         pace = asdict(PACES["fast" in kind]) | {k: v for k, v in {"steps": steps}.items() if v}
-        config = GenerateConfig(**pace | options, subject_guidance=None, captured="captured" in kind)
+        config = GenerateConfig(**(pace | options), subject_guidance=None, captured="captured" in kind)
         config = settled(config, family.profile, self.subject, None)
         height, width = config.size or (family.profile.image_size,) * 2
         with P3S().bind(family, self.learnt, config) as generator:
@@ -248,7 +248,7 @@ class Bench:
         return found | {f"{name}, {n} images, vs plain": median(taken[name]) / base for name in kinds}
 
     def drawn(self) -> dict[str, float]:
-        kinds = {"eager": {}, "captured": {}, "fast captured": {}}
+        kinds = {"eager": {}, "captured": {}, "fast captured": {}, "captured, --reuse 4": {"reuse": 4}}
         found = self.drawing(4, kinds, 2)
         named = {
             "generate_vs_plain": "eager",
