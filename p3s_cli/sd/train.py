@@ -174,12 +174,13 @@ class _Run:
                 nn.utils.clip_grads_with_norm_(self.parameters.values(), self.recipe.clip, norm)
             self.loss_scale = self.loss_scale if finite else max(1.0, self.loss_scale / 2)
         if finite:
+            # read before there is more to wait for
+            self.recent.append({"loss": reached} | {name: float(number) for name, number in log.items()})
             factor = rate_factor(self.recipe, self.step)
             for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
                 group["lr"] = rate * factor
             self.optimizer.step()
             self._average()
-            self.recent.append({"loss": value.item()} | {name: float(number) for name, number in log.items()})
         self.optimizer.zero_grad()  # now, and not before the next backward: the forward pass needs the room
         self.step += 1
         self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1
