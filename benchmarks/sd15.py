@@ -32,8 +32,9 @@ from benchmarks.original_layout import original_layout  # noqa: E402
 from p3s_cli import stages  # noqa: E402
 from p3s_cli.methods import memory as needs  # noqa: E402
 from p3s_cli.sd import images, profile  # noqa: E402
-from p3s_cli.sd.family import load  # noqa: E402
+from p3s_cli.sd.family import Family, load  # noqa: E402
 from p3s_cli.sd.single_file import CONFIGS  # noqa: E402
+from p3s_cli.sd.vision import ClipPair  # noqa: E402
 from p3s_cli.sd.vocabulary import clip_tokenizer  # noqa: E402
 from p3s_cli.world import seeds
 from p3s_cli.world.render import render  # noqa: E402
@@ -66,9 +67,18 @@ def write(folder: Path, reduced: bool) -> None:
     state = {k: v.contiguous() for k, v in original_layout(unet, vae, encoder).items()}
     save_file(state, folder / "single.safetensors")
     del unet, vae, encoder, state
-    vision = config("vision", reduced)
-    pair = CLIPConfig(text_config=text.to_dict(), vision_config=vision, projection_dim=vision["projection_dim"])
-    CLIPModel(pair).to(dtype).save_pretrained(root / "clip")
+    CLIPModel(pair_config(reduced)).to(dtype).save_pretrained(root / "clip")
+    write_settings(root, reduced)
+
+
+def pair_config(reduced: bool) -> CLIPConfig:
+    text, vision = CLIPTextConfig(**config("text_encoder", reduced)), config("vision", reduced)
+    return CLIPConfig(text_config=text.to_dict(), vision_config=vision, projection_dim=vision["projection_dim"])
+
+
+def write_settings(root: Path, reduced: bool) -> None:
+    """All of the diffusers folder but its weights."""
+    (root / "clip").mkdir(parents=True, exist_ok=True)
     half = [0.5, 0.5, 0.5]
     (root / "clip/preprocessor_config.json").write_text(json.dumps({"image_mean": half, "image_std": half}))
     DDIMScheduler.from_pretrained(CONFIGS / "scheduler").save_pretrained(root / "scheduler")
@@ -77,6 +87,29 @@ def write(folder: Path, reduced: bool) -> None:
     if reduced:
         own = replace(own, image_size=128, feature_layers=(2, 3), feature_side=112)
     (root / "p3s.json").write_text(json.dumps(asdict(own)))
+
+
+def in_memory(root: Path, reduced: bool, device: str) -> Family:
+    """The same family in bfloat16 on a card and float32 elsewhere, made on the device itself: no weights are written."""
+    for name in ("unet", "vae", "text_encoder"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / "config.json").write_text(json.dumps(config(name, reduced)))
+    write_settings(root, reduced)
+    family = load(str(root), device, inpainter="classical")
+    torch.manual_seed(0)
+    with torch.device(family.device):
+        made = {
+            "unet": UNet2DConditionModel.from_config(config("unet", reduced)),
+            "vae": AutoencoderKL.from_config(config("vae", reduced)),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**config("text_encoder", reduced))),
+        }
+        pair = CLIPModel(pair_config(reduced))
+    for model in (*made.values(), pair):
+        model.to(family.dtype).eval().requires_grad_(False)
+    own, half = family.profile, [0.5, 0.5, 0.5]
+    tower = ClipPair(pair, family.tokenizer, half, half, own.feature_layers, own.feature_side)
+    family.__dict__.update(made, vision=tower, fingerprint="random")  # in the place of what is loaded at first use
+    return family
 
 
 class Meter:

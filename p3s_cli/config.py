@@ -131,6 +131,7 @@ class FinetuneConfig:
     seed: int = 0
     memory: MemoryProfile = MEMORY["24"]
     compiled: bool = False  # the forward passes: for many subjects on a GPU (benchmarks/results/speed.md)
+    captured: bool = False  # the step as a CUDA graph, where it can be
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ class GenerateConfig:
     reuse: int = 2  # run the copy, and the third pass of guidance (`sd.sample.Guided`), at every n-th step only
     size: tuple[int, int] | None = None  # height and width in pixels; None is the family's square
     compiled: bool = False  # the forward passes: for many images on a GPU
+    captured: bool = False  # the forward passes as CUDA graphs, where they can be
 
 
 @dataclass(frozen=True)

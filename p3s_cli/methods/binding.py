@@ -10,6 +10,7 @@ from torch import Tensor
 from p3s_cli.config import GenerateConfig, read_control
 from p3s_cli.errors import InputError
 from p3s_cli.methods.base import SubjectPart
+from p3s_cli.methods.captured import possible
 from p3s_cli.methods.conditioning import condition, reference_view
 from p3s_cli.methods.forward import Forward, forward
 from p3s_cli.methods.photos import read_photos
@@ -18,6 +19,11 @@ from p3s_cli.paper.model import P3SControl
 from p3s_cli.paper.schedule import LearnedWeight
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.weights import check_layout, layout_of
+
+
+def captures(family: Family, sampling: GenerateConfig) -> bool:
+    """Whether the passes are recorded as CUDA graphs: where that was asked for and pays."""
+    return sampling.captured and possible(family.device, sampling.steps)
 
 
 @dataclass
@@ -61,7 +67,7 @@ class Bound:
         with torch.no_grad():
             seen = control.see(given.latent.to(family.dtype), given.vision.to(family.dtype))
         learned = control.weighting if sampling.schedule.kind == "learned" else None
-        passes = forward(sampling.compiled)
+        passes = forward(sampling.compiled, captures(family, sampling))
         return cls(
             control, list(seen.split(1)), part.strength, subject.manifest.identifier, sampling.reuse, learned, passes
         )

@@ -13,6 +13,7 @@ from p3s_cli.methods.photos import Photo
 from p3s_cli.methods.views import View, base_view, centred_view, close_view, look, look_mask, random_view
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
+from p3s_cli.sd.train import sent
 
 _MARGIN = 0.35  # of the subject's size, on each side of it in a close view
 _VIEWS = 24  # augmented views encoded once for each reference
@@ -83,13 +84,13 @@ class ReferenceBank:
 
     def draw(self, batch: int, config: ControlConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, Condition]:
         """A batch of targets, masks and conditions; jointly or independently drawn."""
-        target = torch.randint(len(self.targets), (batch,), generator=generator)
-        seen = (
-            torch.randint(len(self.targets), (batch,), generator=generator)
-            if config.augment == "independent"
-            else target
-        )
+        target = seen = self._some(batch, generator)
+        if config.augment == "independent":
+            seen = self._some(batch, generator)
         return self.targets[target], self.masks[target], self.conditions[seen]
+
+    def _some(self, batch: int, generator: torch.Generator) -> Tensor:
+        return sent(torch.randint(len(self.targets), (batch,), generator=generator), self.targets.device)
 
 
 def reference_view(mask: Tensor, config: ControlConfig) -> View:

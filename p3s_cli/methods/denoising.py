@@ -17,6 +17,7 @@ from p3s_cli.paper.losses import denoising_loss
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.sample import Eps
+from p3s_cli.sd.train import sent
 
 _PATCHES = 0.7  # of the shifts that `astray` makes, how much differs from one part of the picture to another
 
@@ -37,10 +38,11 @@ def add_noise(
     """
     steps, n = len(alphas_cumprod), len(x0)
     if timesteps == "cubic":
-        t = (steps * (1 - torch.rand(n, generator=generator) ** 3)).long().clamp(max=steps - 1).to(x0.device)
+        t = (steps * (1 - torch.rand(n, generator=generator) ** 3)).long().clamp(max=steps - 1)
     else:
-        t = torch.randint(steps, (n,), generator=generator).to(x0.device)
-    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        t = torch.randint(steps, (n,), generator=generator)
+    noise = sent(torch.randn(x0.shape, generator=generator), x0.device)
+    t = sent(t, x0.device)
     alpha = alphas_cumprod[t].view(-1, 1, 1, 1)
     return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, t, noise
 
@@ -60,7 +62,7 @@ def astray(
     patches = F.interpolate(torch.randn(n, channels, 4, 4, generator=generator), size=sides, mode="bilinear")
     shift = torch.randn(n, channels, 1, 1, generator=generator) + _PATCHES * patches
     led = (torch.rand(n, 1, 1, 1, generator=generator) < share).float()
-    shift = torch.minimum(alpha.sqrt(), (1 - alpha).sqrt()) * (size * led * shift).to(x_t.device)
+    shift = torch.minimum(alpha.sqrt(), (1 - alpha).sqrt()) * sent(size * led * shift, x_t.device)
     return x_t + shift, noise + shift / (1 - alpha).sqrt()
 
 

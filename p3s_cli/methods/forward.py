@@ -1,4 +1,4 @@
-"""The two forward passes of P3S, as they are or compiled."""
+"""The two forward passes of P3S, as they are, compiled, or recorded as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from p3s_cli.errors import P3SError
+from p3s_cli.methods.captured import Graphed
 from p3s_cli.paper.injection import Injection
 from p3s_cli.paper.model import P3SControl, controlled_noise
 
@@ -23,11 +24,14 @@ class Forward:
     frozen: Callable[..., Tensor] = controlled_noise
 
 
-def forward(compiled: bool) -> Forward:
+def forward(compiled: bool, captured: bool = False) -> Forward:
     """The passes; compiled ones at the first call, minutes of it, and again for other shapes of tensors.
 
+    `captured`: as CUDA graphs of the caller's own, of which compiled passes have no need; for use without gradients.
     Measured on a CPU, where that does not pay (`benchmarks/results/speed.md`); not yet on a GPU.
     """
+    if captured and not compiled:
+        return Forward(Graphed(P3SControl.inject), Graphed(controlled_noise))
     return _compiled() if compiled else Forward()
 
 

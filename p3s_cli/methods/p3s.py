@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, MemoryProfile
 from p3s_cli.errors import InputError
 from p3s_cli.methods.base import Generator, Heed, Learnt, Lesson, SubjectPart, asked, register
-from p3s_cli.methods.binding import Bound
+from p3s_cli.methods.binding import Bound, captures
+from p3s_cli.methods.captured import CapturedLoss, Inline, possible
 from p3s_cli.methods.conditioning import ReferenceBank
 from p3s_cli.methods.denoising import add_noise, alphas_cumprod, astray
 from p3s_cli.methods.forward import Forward, forward
@@ -25,7 +26,7 @@ from p3s_cli.paper.model import P3SControl, connected
 from p3s_cli.paper.schedule import injection_weight
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family, Profile
-from p3s_cli.sd.train import Recipe
+from p3s_cli.sd.train import Loss, Recipe, sent
 from p3s_cli.subject import Subject
 
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "a {}")
@@ -66,7 +67,7 @@ class P3S:
         bank = ReferenceBank.build(family, read_photos(subject), config.control, config.seed)
         loss = _Loss(family, subject, control, bank, config.control, config.batch, forward(config.compiled))
         with connected(family.unet, control), _saving(family, control, config.memory):
-            trained = lesson.train(dict(control.named_parameters()), loss, recipe)
+            trained = lesson.train(dict(control.named_parameters()), _captured(loss, family, control, config), recipe)
         return {name: tensor.float() for name, tensor in trained.items()}
 
     def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> AbstractContextManager[Generator]:
@@ -82,7 +83,7 @@ class P3S:
         if (least := min(sampling.strength, *(p.strength for p in parts))) < 0:
             raise InputError(f"a subject's strength cannot be {least:g}; give 0 or more")
         bound = [Bound.build(family, part, sampling) for part in parts]
-        frozen = forward(sampling.compiled).frozen
+        frozen = forward(sampling.compiled, captures(family, sampling)).frozen
 
         def eps(x_t: Tensor, t: Tensor, states: Tensor, with_subject: bool, residuals: tuple | None = None) -> Tensor:
             weight = sampling.strength * injection_weight(float(t[0]), sampling.schedule)
@@ -123,6 +124,32 @@ def _saving(family: Family, control: P3SControl, memory: MemoryProfile) -> Itera
             unet.disable_gradient_checkpointing()
 
 
+def _captured(loss: _Loss, family: Family, control: P3SControl, config: FinetuneConfig) -> Loss:
+    """The loss as one CUDA graph where that is asked for and pays: all activations and gradients keep a place of their own.
+
+    Not in float16, whose loss is scaled anew between steps, nor beside what a compiler or checkpointing does to the passes.
+    """
+    fits = config.memory.gigabytes >= 24 and not (config.compiled or config.memory.checkpointing)
+    precise = family.dtype != torch.float16 and next(control.parameters()).dtype == torch.float32
+    wanted = config.captured and fits and precise and possible(family.device, config.steps or 0)
+    return CapturedLoss(loss, control, family.dtype) if wanted else loss
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What a step draws, on the device: states and times, what they are led by, and where; conditions; text and its places."""
+
+    x_t: Tensor  # (B, 4, h, w)
+    t: Tensor  # (B,)
+    noise: Tensor  # (B, 4, h, w)
+    inside: Tensor  # (B, 1, h, w)
+    latent: Tensor  # (B, 4, h, w), I'
+    vision: Tensor  # (B, M, D), c_s
+    text: Tensor  # (B, 77, D)
+    where: Tensor  # (B, 77) bool
+    active: Tensor  # (B,) bool
+
+
 class _Loss:
     """One training step's loss: eq. 15 on a batch, states led astray, text and injection dropped independently."""
 
@@ -148,34 +175,55 @@ class _Loss:
         self.text = text.encode(family.tokenizer, family.text_encoder, filled)
         self.where = text.positions(family.tokenizer, prompts, [identifier], 0).to(family.device)
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.judge(self.draw(generator))
+
+    def draw(self, generator: torch.Generator) -> _Drawn:
+        """All that is random in a step."""
         config, n = self.config, self.batch
         x0, inside, seen = self.bank.draw(n, config, generator)
         x_t, t, noise = add_noise(x0, self.alphas_cumprod, generator, config.timesteps)
         if config.astray:
             alpha = self.alphas_cumprod[t].view(-1, 1, 1, 1)
             x_t, noise = astray(x_t, noise, alpha, generator, config.astray, config.astray_share)
-        x_t = x_t.to(self.dtype)
         template = torch.randint(len(self.text) - 1, (n,), generator=generator)
         no_text = torch.rand(n, generator=generator) < config.drop_text
-        active = (torch.rand(n, generator=generator) >= config.drop_injection).to(self.device)
-        chosen = torch.where(no_text, len(self.text) - 1, template)
-        states = self.control.say(self.text[chosen], self.where[chosen])
-        weight = torch.ones(n, device=self.device) if self.control.weighting is None else self.control.weighting(t)
-        maps = config.attention_loss != "off"
-        with torch.autocast(self.device.split(":")[0], self.autocast, enabled=self.autocast != torch.float32):
-            reference = self.control.see(seen.latent, seen.vision)
-            injection, copy_maps = self.forward.copy(self.control, x_t, t, states, reference, weight, active, maps)
-            predicted = self.forward.frozen(self.unet, x_t, t, states, injection)
-        denoising = denoising_loss(predicted, noise, config.background_weight + (1 - config.background_weight) * inside)
+        active = sent(torch.rand(n, generator=generator) >= config.drop_injection, self.device)
+        chosen = sent(torch.where(no_text, len(self.text) - 1, template), self.device)
+        condition = seen.latent, seen.vision, self.text[chosen], self.where[chosen]
+        return _Drawn(x_t.to(self.dtype), t, noise, inside, *condition, active)
+
+    def judge(self, drawn: _Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the control itself, whose masters autocast casts where the frozen part is in half precision."""
+        return self.compute(drawn, self.control, Inline(), cast=self.autocast != torch.float32)
+
+    def compute(
+        self, drawn: _Drawn, control: P3SControl, beside: Inline, cast: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """All that follows from what was drawn, for a control in the frozen part's precision or, with `cast`, in another."""
+        config, x_t, t = self.config, drawn.x_t, drawn.t
+        untouched = None
         if config.preserve:
-            with torch.no_grad():
-                untouched = self.forward.frozen(self.unet, x_t, t, self.text[chosen])
+            with torch.no_grad(), beside.begun():
+                untouched = self.forward.frozen(self.unet, x_t, t, drawn.text)
+        states = control.say(drawn.text, drawn.where)
+        weight = torch.ones(self.batch, device=self.device) if control.weighting is None else control.weighting(t)
+        maps = config.attention_loss != "off"
+        seen = (drawn.latent, drawn.vision) if cast else (drawn.latent.to(self.dtype), drawn.vision.to(self.dtype))
+        with torch.autocast(self.device.split(":")[0], self.autocast, enabled=cast):
+            injection, copy_maps = self.forward.copy(
+                control, x_t, t, states, control.see(*seen), weight, drawn.active, maps
+            )
+            predicted = self.forward.frozen(self.unet, x_t, t, states, injection)
+        inside, ground = drawn.inside, config.background_weight
+        denoising = denoising_loss(predicted, drawn.noise, ground + (1 - ground) * inside)
+        if untouched is not None:
+            beside.joined()
             denoising = denoising + config.preserve * denoising_loss(predicted, untouched, 1 - inside)
         value, consistency = total_loss(
             denoising, copy_maps, injection.maps, config.gamma, config.attention_loss, config.attention_gradient
         )
-        return value, {"denoising": denoising.item(), "consistency": consistency.item()}
+        return value, {"denoising": denoising.detach(), "consistency": consistency.detach()}
 
 
 register(P3S())

@@ -60,19 +60,25 @@ class TextKeys:
     """
 
     def __init__(self) -> None:
-        self._known: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._known: list[tuple[Tensor, int, Tensor, Tensor]] = []
 
     def __call__(self, attn: Attention, states: Tensor) -> tuple[Tensor, Tensor]:
-        """states (B, 77, D), recognised as the very same tensor -> keys, values (B, heads, 77, d)."""
-        # training draws other texts at every step; a compiled graph would not notice that another tensor came
-        keeps = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        for known, keys, values in self._known if keeps else ():
-            if known is states:
+        """states (B, 77, D), recognised as the very same tensor, unchanged -> keys, values (B, heads, 77, d)."""
+        # training draws other texts at every step; a graph, compiled or recorded, would not notice that another tensor came
+        keeps = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _capturing(states))
+        version = 0 if not keeps or states.is_inference() else states._version
+        for known, its_version, keys, values in self._known if keeps else ():
+            if known is states and its_version == version:
                 return keys, values
         keys, values = _heads(attn, attn.to_k, states), _heads(attn, attn.to_v, states)
         if keeps:
-            self._known = [*self._known[-1:], (states, keys, values)]
+            self._known = [*self._known[-1:], (states, version, keys, values)]
         return keys, values
+
+
+def _capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, which would take what is kept for what comes later."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _heads(attn: Attention, projection: torch.nn.Module, x: Tensor) -> Tensor:
@@ -100,7 +106,7 @@ def attend(
     if explicit:
         weights = _map(q, k, bias)
         out = weights.to(v.dtype) @ v
-    elif bias is not None and bias.requires_grad:
+    elif bias is not None and (bias.requires_grad or bias.is_cuda):  # flash attention on CUDA takes no mask either
         out = _learnt_bias_attention(q, k, v, bias)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))

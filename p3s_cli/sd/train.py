@@ -22,8 +22,9 @@ from p3s_cli.errors import P3SError
 from p3s_cli.sd import checkpoints
 from p3s_cli.sd.adamw8 import AdamW8
 
-# A loss takes the step and its generator and returns the scalar to minimise and numbers worth logging.
-Loss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
+# A loss takes the step and its generator and returns the scalar to minimise and numbers worth logging, which may
+# still be on the device. A scalar that requires no gradient says that the gradients are with the parameters already.
+Loss = Callable[[int, torch.Generator], tuple[Tensor, Mapping[str, float | Tensor]]]
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
@@ -71,6 +72,13 @@ _RECENT = 50  # steps over which reported numbers are averaged
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The source of all randomness of one step, on the CPU so that devices agree."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """What was drawn on the CPU, on its way to the device; nobody waits for it to arrive there."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def rate_factor(recipe: Recipe, step: int) -> float:
@@ -149,25 +157,30 @@ class _Run:
     def _scale(self, name: str) -> float:
         return next((factor for prefix, factor in self.recipe.lr_scale if name.startswith(prefix)), 1.0)
 
-    def apply(self, value: Tensor, log: dict[str, float]) -> None:
+    def apply(self, value: Tensor, log: Mapping[str, float | Tensor]) -> None:
         """One optimiser step; nothing changes but the counts if anything was not finite."""
-        finite = bool(torch.isfinite(value))
+        finite = not value.requires_grad or bool(torch.isfinite(value))
         if finite:
-            (value * self.loss_scale).backward()
+            if value.requires_grad:
+                (value * self.loss_scale).backward()
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
             if self.loss_scale != 1:  # a power of two, so nothing is rounded
-                torch._foreach_mul_(
-                    [p.grad for p in self.parameters.values() if p.grad is not None], 1 / self.loss_scale
-                )
-            norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip)
-            finite = bool(torch.isfinite(norm))
+                torch._foreach_mul_(gradients, 1 / self.loss_scale)
+            norm = nn.utils.get_total_norm(gradients)
+            # the one wait of a step: what is asked of the device is asked at once
+            length, reached = torch.stack([norm.float(), value.detach().to(norm.device).float()]).tolist()
+            finite = math.isfinite(length) and math.isfinite(reached)
+            if finite and length + 1e-6 > self.recipe.clip:  # below, it would multiply by one
+                nn.utils.clip_grads_with_norm_(self.parameters.values(), self.recipe.clip, norm)
             self.loss_scale = self.loss_scale if finite else max(1.0, self.loss_scale / 2)
         if finite:
+            # read before there is more to wait for
+            self.recent.append({"loss": reached} | {name: float(number) for name, number in log.items()})
             factor = rate_factor(self.recipe, self.step)
             for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
                 group["lr"] = rate * factor
             self.optimizer.step()
             self._average()
-            self.recent.append({"loss": value.item(), **log})
         self.optimizer.zero_grad()  # now, and not before the next backward: the forward pass needs the room
         self.step += 1
         self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1

@@ -95,7 +95,7 @@ def generate(
     identifiers = [s.manifest.identifier for s in subjects]
     words = text.identify(prompt, *identifiers)
     asked = dict(guidance=guidance, subject_guidance=subject_guidance, strength=strength, references=references)
-    asked |= dict(negative_prompt=negative_prompt, size=parse_size(size), compiled=compiled)
+    asked |= dict(negative_prompt=negative_prompt, size=parse_size(size), compiled=compiled, captured=True)
     paced = dict(steps=steps, scheduler=scheduler, reuse=reuse)
     sampling = _sampling(settings.PACES[fast], paced, schedule, asked)
     for one in subjects:
@@ -164,7 +164,8 @@ def _check_heeded(method: str, **asked: bool) -> None:
 def _record(order: Order) -> dict[str, Any]:
     """Everything an image depends on but its seed."""
     tuned, sampling = order.subject.tuned(), settings.as_settings(order.sampling)
-    del sampling["compiled"]  # the same image, but for rounding
+    for how in ("compiled", "captured"):  # the same image, but for rounding
+        del sampling[how]
     return {
         "prompt": order.prompt,
         "text": order.words,

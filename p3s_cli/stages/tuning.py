@@ -85,7 +85,7 @@ def finetune(
             f"memory profile {profile} trains in bfloat16, which a CPU cannot mix with float16; use --dtype bfloat16"
         )
     config = settings.FinetuneConfig(
-        control or settings.preset(preset)[1], steps, lr, seed=seed, memory=saving, compiled=compiled
+        control or settings.preset(preset)[1], steps, lr, seed=seed, memory=saving, compiled=compiled, captured=True
     )
     recipe = teacher.recipe(family.profile, config)
     if (preset != "default" or control) and "preset" not in teacher.heeds:
@@ -125,7 +125,7 @@ def _options(method: str, recipe: Any, memory: str, family: Family) -> dict[str,
     """Everything that decides what is learnt, as the manifest holds it."""
     config = settings.as_settings(recipe)
     # how a machine got there is no reason to tune again, only which memory profile was asked for
-    for how in ("memory", "compiled"):
+    for how in ("memory", "compiled", "captured"):
         config.pop(how, None)
     base = {"base_fingerprint": family.fingerprint, "base": family.source, "vision": family.profile.clip}
     return {"method": method, "config": config, "memory": memory} | base
