@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from p3s_cli.sd.determinism import exact
 from p3s_cli.world.recipe.autoencoder import stage_vae
 from p3s_cli.world.recipe.contrast import (
     stage_clip,
@@ -64,8 +65,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     shop = Workshop(args.work, args.device, args.seed, args.scenes, args.steps, args.batch, args.until, args.compile)
-    for stage in STAGES if args.stage == ["all"] else args.stage:
-        (stage_reopen if stage == "reopen" else STAGES[stage])(shop)
+    with exact(args.device != "cpu"):
+        for stage in STAGES if args.stage == ["all"] else args.stage:
+            (stage_reopen if stage == "reopen" else STAGES[stage])(shop)
 
 
 if __name__ == "__main__":

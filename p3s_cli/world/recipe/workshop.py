@@ -44,15 +44,15 @@ LENGTH = {
     "words": Length(900, 128, 1e-3),
     "vision": Length(900, 96, 7e-4),
     "vision_long": Length(1_800, 96, 7e-4),
-    "vision_kinds": Length(1_500, 768, 7e-4),
-    "unet": Length(9_000, 512, 1e-3),
-    "reward": Length(5_000, 256, 2e-3),
-    "unet_reward": Length(500, 384, 2e-4),
+    "vision_kinds": Length(900, 768, 7e-4),
+    "unet": Length(1_500, 512, 1e-3),
+    "reward": Length(4_000, 256, 2e-3),
+    "unet_reward": Length(400, 384, 2e-4),
     "labels": Length(6_000, 96, 3e-3),
     "labels_long": Length(4_000, 96, 1.5e-3),
     "identity": Length(1_200, 128, 2e-3),
 }
-SCENES = 196_608
+SCENES = 131_072
 
 
 class Pool:
