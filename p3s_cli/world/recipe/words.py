@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
@@ -27,8 +26,7 @@ _SHARPNESS = 16.0  # of the cosines; fixed, so that only angles between states c
 class Naming(nn.Module):
     """A text tower with one direction for each token, whose cosine says how well a state names it, and a way back.
 
-    The way back is linear: what the tower said before stays to be read in its states, so that a U-Net
-    that was trained on it can be carried along.
+    The way back is linear: what the tower said before stays to be read in its states, and nothing of it is lost.
     """
 
     def __init__(self, clip: CLIPModel):
@@ -56,7 +54,7 @@ def stage_words(shop: Workshop) -> None:
 
     def loss(step: int, generator: torch.Generator):
         captions = shop.pool.captions(shop.pool.draw(shop.length("words").batch, generator), generator)
-        ids = tokenizer(captions, padding="max_length", max_length=_LENGTH, return_tensors="pt").input_ids
+        ids = shop.tokens(captions)[:, :_LENGTH].long()
         wanted = phrases(ids, starts, tokenizer.eos_token_id, len(known)) & known
         said = wanted.any(-1)
         target = (wanted / wanted.sum(-1, keepdim=True).clamp(min=1)).to(shop.device)
@@ -67,35 +65,8 @@ def stage_words(shop: Workshop) -> None:
         return named + _KEEPING * lost, {"named": named.item(), "lost": lost.item()}
 
     shop.fit("words", naming, loss, weight_decay=0.01, ema=0.0)
-    if not shop.ended("words"):  # the next piece, too, needs the former tower, and the U-Net is carried once
-        return
-    clip.save_pretrained(shop.family / "clip")
-    if (shop.family / "unet").exists():
-        unet = UNet2DConditionModel.from_pretrained(shop.family / "unet").to(shop.device)
-        captions = [caption(scene, seed) for seed, scene in enumerate(shop.pool.scenes[:2048])]
-        ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(shop.device)
-        carry(unet, *(_states(tower, ids) for tower in (former, clip.text_model)))
-        unet.save_pretrained(shop.family / "unet")
-
-
-@torch.no_grad()
-def carry(unet: UNet2DConditionModel, former: Tensor, present: Tensor) -> None:
-    """Let a U-Net that was trained on `former` text states read the `present` ones of the same captions, both (N, L, D).
-
-    Its keys and values go behind M = argmin |present M - former|^2, so that only what the former states
-    did not say is left to learn.
-    """
-    a, b = (states.flatten(0, 1).double() for states in (present, former))
-    ridge = 1e-5 * a.square().mean() * len(a) * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
-    back = torch.linalg.solve(a.T @ a + ridge, a.T @ b)
-    for name, module in unet.named_modules():
-        if name.endswith(("attn2.to_k", "attn2.to_v")):
-            module.weight.copy_(module.weight.double() @ back.T)
-
-
-@torch.no_grad()
-def _states(tower: nn.Module, ids: Tensor) -> Tensor:
-    return torch.cat([tower(part).last_hidden_state for part in ids.split(128)])
+    if shop.ended("words"):  # until then the next piece, too, needs the former tower
+        clip.save_pretrained(shop.family / "clip")
 
 
 def phrases(ids: Tensor, starts: Tensor, end: int, tokens: int) -> Tensor:
