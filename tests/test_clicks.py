@@ -13,6 +13,9 @@ from p3s_cli.sd.weights import load_tensors
 from p3s_cli.stages.clicks import read_clicks, resolve_box
 from p3s_cli.stages.reference import Clicks
 from p3s_cli.subject import Subject
+from p3s_cli.world import seeds
+from p3s_cli.world.render import click, render
+from p3s_cli.world.scenes import lookalike_scene
 
 
 def write(path, data):
@@ -45,11 +48,13 @@ def test_files_that_say_something_else(tmp_path, content, words):
         read_clicks(tmp_path / "p.json", [Path("a.jpg"), Path("b.jpg")])
 
 
-def test_a_box_stands_for_its_middle_and_bounds_the_mask(pair, world, tmp_path):
-    images.save_png(tmp_path / "two.png", pair[0])
-    rows, columns = (v.tolist() for v in pair[1][0].nonzero(as_tuple=True))
+def test_a_box_stands_for_its_middle_and_bounds_the_mask(world, tmp_path):
+    """On a scene whose chosen one is masked whole by a click in the box's middle, a loose box has nothing to cut off."""
+    pixels, truth = render([lookalike_scene(seeds.SINGLE + 9)])
+    images.save_png(tmp_path / "two.png", images.to_pil(pixels[0]))
+    rows, columns = (v.tolist() for v in truth[0, 0].nonzero(as_tuple=True))
     box = (min(columns) - 4, min(rows) - 4, max(columns) + 4, max(rows) + 4)  # as roughly as one draws it
-    options = {"negative": [pair[2][1]], "class_word": "x", "family": world}
+    options = {"negative": [click(truth[0, 1])], "class_word": "x", "family": world}
     made = stages.mask(tmp_path / "two.png", box=box, output=tmp_path / "s", maps=True, **options)
     mask = load_tensors(tmp_path / "s/references/00/mask.safetensors")[0]["subject"].bool()
     outside = mask.clone()
