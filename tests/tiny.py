@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import torch
@@ -70,8 +71,13 @@ def build_with_readers(folder: Path) -> Path:
 
 
 def photo(path: Path) -> Path:
-    """Two unlike shapes on a plain ground, 64 x 64 pixels: a subject at 18,32 and another thing at 46,32."""
-    image = Image.effect_noise((SIZE, SIZE), 12).convert("RGB")
+    """Two unlike shapes on a plain ground, 64 x 64 pixels: a subject at 18,32 and another thing at 46,32.
+
+    A name's photo is the same whenever it is drawn, and another name's has other noise.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(path.name.encode()))
+    noise = (128 + 12 * torch.randn(SIZE, SIZE, generator=generator)).clamp(0, 255).byte()
+    image = Image.fromarray(noise.numpy()).convert("RGB")
     image = Image.blend(image, Image.new("RGB", image.size, (90, 140, 90)), 0.97)
     draw = ImageDraw.Draw(image)
     draw.ellipse((6, 20, 30, 44), fill=(220, 60, 40))

@@ -2,17 +2,19 @@
 
 A fast card is done with a kernel sooner than Python can launch the next one, and every step launches the same ones with
 the same shapes. What a graph reads lies at fixed addresses, so it is copied there before each replay; nothing in it
-may wait for the card or depend on a number read from it. Where a card will not have it, all goes on without, and the log says so.
+may wait for the card or depend on a number read from it. A recording counts once its replays have given what the work itself
+gives; where one does not, or a card will not have it, all goes on without, and the log says so.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import logging
+import math
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,10 @@ R = TypeVar("R")
 # work without arguments -> what does it again, and its results, which are always these very tensors
 Record = Callable[[Callable[[], R]], tuple[Callable[[], None], R]]
 
-LEAST_STEPS = 10  # recording costs about as much as three steps
+LEAST_STEPS = 10  # recording and proving costs about as much as five steps
+PROOFS = 2  # inputs on which a replay has to give what the work gives before one counts
+_TOLERANCE = 2e-2  # of a result's norm, between two runs of the same kernels in bfloat16
+_SLOWER = 1.25  # a replay may take this much longer than the work itself: as long, but for noise
 _log = logging.getLogger(__name__)
 
 
@@ -50,54 +55,109 @@ def record(work: Callable[[], R]) -> tuple[Callable[[], None], R]:
     return graph.replay, result
 
 
+class Untrue(RuntimeError):
+    """A replay is not what its work is."""
+
+
+class Recording(Generic[R]):
+    """Work on `given`, recorded, and all that the recording needs.
+
+    `parts` groups the tensors of the results; each group is compared as one.
+    """
+
+    def __init__(
+        self, work: Callable[[], R], given: list[Tensor], parts: Callable[[R], list[list[Tensor]]], record: Record
+    ):
+        # held for as long as there are replays: a graph knows addresses and keeps nothing alive that lies there
+        self._work, self._given, self._parts = work, given, parts
+        self._replay, self._results = record(work)
+        self.proofs = 0
+
+    def replayed(self, given: Sequence[Tensor]) -> R:
+        """The results for these inputs, until the next replay."""
+        _copy(self._given, given)
+        self._replay()
+        return self._results
+
+    def proved(self, given: Sequence[Tensor]) -> R:
+        """The results of the work itself. Raises Untrue where a replay's are others, not finite, or slower to have.
+
+        They lie in memory that was free after the recording, and so tell as well of a replay that writes where it should not.
+        """
+        _copy(self._given, given)
+        truth, eager = _timed(self._work)
+        _, replay = _timed(self._replay)
+        pairs = zip(self._parts(self._results), self._parts(truth), strict=True)
+        if not all(_near(found, true) for found, true in pairs):
+            raise Untrue("a replay gave other numbers than its work")
+        if self.proofs and replay > _SLOWER * eager:  # the first one has the graph to bring to the card
+            raise Untrue(f"a replay took {replay * 1e3:.0f} ms, its work {eager * 1e3:.0f}")
+        self.proofs += 1
+        return truth
+
+
 class Graphed:
     """A function of tensors, recorded once for each shape of its arguments. For use without gradients.
 
     Arguments and results may hold tensors in dataclasses, dicts, lists and tuples; whatever else is in them is part of the
-    shape, models by who they are. Results are the caller's own.
+    shape, models by who they are. Results are the caller's own: the function's while a recording proves itself, in its
+    first calls, and then a replay's.
     """
 
     def __init__(self, function: Callable[..., Any], record: Record = record):
         self._function, self._record = function, record
-        self._recorded: dict[Hashable, tuple[list[Tensor], Callable[[], None], Any]] = {}
+        self._recorded: dict[Hashable, Recording] = {}
         self._refused = False
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if not self._refused:
+            try:
+                return self._graphed(arguments, options)
+            except RuntimeError as error:
+                self._refused, self._recorded = True, {}
+                _told(error)
+        return self._function(*arguments, **options)
+
+    def _graphed(self, arguments: tuple, options: dict) -> Any:
         given: list[Tensor] = []
         shape = _shape((arguments, options), given)
-        if not self._refused and shape not in self._recorded:
-            try:
-                self._recorded[shape] = self._first(arguments, options, given)
-            except RuntimeError as error:
-                self._refused = True
-                _told(error)
-        if self._refused:
-            return self._function(*arguments, **options)
-        fixed, replay, results = self._recorded[shape]
-        _copy(fixed, given)
-        replay()
-        found: list[Tensor] = []
-        _shape(results, found)
-        return _filled(results, iter([t.clone() for t in found]))
-
-    def _first(self, arguments: tuple, options: dict, given: list[Tensor]) -> tuple[list[Tensor], Callable, Any]:
-        fixed = [t.clone() for t in given]
-        arguments, options = _filled((arguments, options), iter(fixed))
-        return fixed, *self._record(lambda: self._function(*arguments, **options))
+        recording = self._recorded.get(shape)
+        if recording is None:
+            fixed = [t.clone() for t in given]
+            arguments, options = _filled((arguments, options), iter(fixed))
+            work = lambda: self._function(*arguments, **options)  # noqa: E731
+            recording = self._recorded[shape] = Recording(work, fixed, _one_by_one, self._record)
+        proving = recording.proofs < PROOFS
+        results = recording.proved(given) if proving else recording.replayed(given)
+        return _filled(results, iter([t.clone() for t in _tensors(results)]))
 
 
 class Stepwise(Protocol):
     """A loss in two halves: `draw`, all that is random, a dataclass of tensors on the device; and `compute`, all else.
 
-    `compute` (drawn, model, beside) gives the value and named numbers, 0-d tensors, where `beside` may run some of it
-    at the same time. `judge` (drawn) is the same as a loss of `sd.train` gives it, in its own precision.
+    `compute` (drawn, model) gives the value and named numbers, 0-d tensors. `judge` (drawn) is the same as a loss of
+    `sd.train` gives it, in its own precision.
     """
 
     def draw(self, generator: torch.Generator) -> Any: ...
 
-    def compute(self, drawn: Any, model: nn.Module, beside: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def compute(self, drawn: Any, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def judge(self, drawn: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@dataclasses.dataclass
+class _Step:
+    """What a recorded step leaves behind: value and named numbers, gradients in the masters' precision, the value and
+    the gradients' norm (2,)."""
+
+    value: Tensor
+    numbers: dict[str, Tensor]
+    gradients: list[Tensor | None]
+    size: Tensor
+
+    def parts(self) -> list[list[Tensor]]:
+        return [[self.value], [g for g in self.gradients if g is not None]]
 
 
 class CapturedLoss:
@@ -105,78 +165,105 @@ class CapturedLoss:
 
     It is computed with a copy of `model` in `dtype`, which follows `model` at every step and is what sampling will use,
     so that half precision needs no casts one by one; the gradients end in float32 at `model`'s own parameters.
+
+    The first step is eager, and the recording made at the second, when all that a run keeps has its place in memory. It
+    is proved on the draws of both before it counts; a step that is not finite is made again by `judge`.
     """
 
     def __init__(self, loss: Stepwise, model: nn.Module, dtype: torch.dtype, record: Record = record):
         self._loss, self._model, self._dtype, self._record = loss, model, dtype, record
-        self._replay: Callable[[], None] | None = None
+        self._recording: Recording[_Step] | None = None
+        self._earlier: Any = None
         self._refused = False
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         drawn = self._loss.draw(generator)
-        if self._replay is None and not self._refused:
+        if self._recording is None and self._earlier is not None and not self._refused:
             try:
-                self._begin(drawn)
+                self._recording = self._begun([self._earlier, drawn])
             except RuntimeError as error:
-                self._refused = True
-                self._given = self._gradients = self._told = None
-                _told(error)
-        if self._refused:
+                self._drop(error)
+        self._earlier = drawn
+        if self._recording is None:
             return self._loss.judge(drawn)
-        _copy(_tensors(self._given), _tensors(drawn))
-        self._replay()
-        for parameter, gradient in zip(self._model.parameters(), self._gradients, strict=True):
-            parameter.grad = gradient  # the loop lets go of it after each step
-        return self._told
+        made = self._recording.replayed(_tensors(drawn))
+        if not all(map(math.isfinite, made.size.tolist())):  # the loop waits for it right after, anyway
+            return self._doubted(drawn)
+        return self._given(made.value, made.numbers, made.gradients)
 
-    def _begin(self, drawn: Any) -> None:
+    def _begun(self, draws: Sequence[Any]) -> Recording[_Step]:
+        """A recording that holds on these draws. Raises RuntimeError."""
         masters = list(self._model.parameters())
         working = copy.deepcopy(self._model).to(self._dtype)
         weights = list(working.parameters())
-        self._given = _filled(drawn, iter([t.clone() for t in _tensors(drawn)]))
-        beside = Beside() if masters[0].is_cuda else Inline()
+        fixed = [t.clone() for t in _tensors(draws[0])]
+        drawn = _filled(draws[0], iter(fixed))
 
-        def work() -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
+        def work() -> _Step:
             with torch.no_grad():
                 _copy(weights, masters)
-            value, numbers = self._loss.compute(self._given, working, beside)
+            value, numbers = self._loss.compute(drawn, working)
             gradients = torch.autograd.grad(value, weights, allow_unused=True)
             wide = [None if g is None else torch.empty_like(m) for g, m in zip(gradients, masters, strict=True)]
-            _copy([w for w in wide if w is not None], [g for g in gradients if g is not None])
-            return value.detach(), numbers, wide
+            there = [w for w in wide if w is not None]
+            _copy(there, [g for g in gradients if g is not None])
+            value = value.detach()
+            return _Step(value, numbers, wide, torch.stack([value.float(), nn.utils.get_total_norm(there).float()]))
 
-        self._replay, (value, numbers, self._gradients) = self._record(work)
-        self._told = value, numbers
+        recording = Recording(work, fixed, _Step.parts, self._record)
+        for one in draws:
+            recording.proved(_tensors(one))
+        return recording
 
+    def _doubted(self, drawn: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The eager step in the place of a recorded one that is not finite, and of all that follow if it is finite itself."""
+        value, numbers = self._loss.judge(drawn)
+        gradients = torch.autograd.grad(value, list(self._model.parameters()), allow_unused=True)
+        norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
+        if math.isfinite(value.item()) and math.isfinite(norm.item()):
+            self._drop(Untrue("a replay was not finite where its work is"))
+        return self._given(value.detach(), numbers, gradients)
 
-class Inline:
-    """Where there is nothing to run at the same time: `begun` runs its body, `joined` waits for nothing."""
+    def _given(
+        self, value: Tensor, numbers: dict[str, Tensor], gradients: Sequence[Tensor | None]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        for parameter, gradient in zip(self._model.parameters(), gradients, strict=True):
+            parameter.grad = gradient  # the loop lets go of it after each step
+        return value, numbers
 
-    def begun(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def joined(self) -> None:
-        pass
-
-
-class Beside(Inline):
-    """Runs the body of `begun` on a stream of its own until `joined`: small kernels leave most of a card free."""
-
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
-
-    @contextlib.contextmanager
-    def begun(self) -> Iterator[None]:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def joined(self) -> None:
-        torch.cuda.current_stream().wait_stream(self._stream)
+    def _drop(self, error: RuntimeError) -> None:
+        self._recording, self._refused = None, True
+        _told(error)
 
 
 def _told(error: RuntimeError) -> None:
     _log.warning("no CUDA graph here, going on without: %s", str(error).split("\n")[0])
+
+
+def _timed(work: Callable[[], R]) -> tuple[R, float]:
+    """Results, and the seconds until the card has them."""
+    started = _now()
+    result = work()
+    return result, _now() - started
+
+
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _one_by_one(results: Any) -> list[list[Tensor]]:
+    return [[t] for t in _tensors(results)]
+
+
+@torch.no_grad()
+def _near(found: Sequence[Tensor], truth: Sequence[Tensor]) -> bool:
+    """Whether these are finite and, taken as one vector, apart by no more than `_TOLERANCE` of its norm."""
+    apart = [torch.linalg.vector_norm(a.float() - b.float()) for a, b in zip(found, truth, strict=True)]
+    size = [torch.linalg.vector_norm(b.float()) for b in truth]
+    apart, size = (torch.linalg.vector_norm(torch.stack(norms)).item() for norms in (apart, size))
+    return math.isfinite(size) and apart <= _TOLERANCE * size  # never so where one is not a number
 
 
 def _copy(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:

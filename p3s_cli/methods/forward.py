@@ -28,7 +28,7 @@ def forward(compiled: bool, captured: bool = False) -> Forward:
     """The passes; compiled ones at the first call, minutes of it, and again for other shapes of tensors.
 
     `captured`: as CUDA graphs of the caller's own, of which compiled passes have no need; for use without gradients.
-    Measured on a CPU, where that does not pay (`benchmarks/results/speed.md`); not yet on a GPU.
+    What either gives: `benchmarks/results/speed.md`, `speed-gpu.md`; compiled passes have been measured on a CPU alone.
     """
     if captured and not compiled:
         return Forward(Graphed(P3SControl.inject), Graphed(controlled_noise))

@@ -15,7 +15,7 @@ from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, Memory
 from p3s_cli.errors import InputError
 from p3s_cli.methods.base import Generator, Heed, Learnt, Lesson, SubjectPart, asked, register
 from p3s_cli.methods.binding import Bound, captures
-from p3s_cli.methods.captured import CapturedLoss, Inline, possible
+from p3s_cli.methods.captured import CapturedLoss, possible
 from p3s_cli.methods.conditioning import ReferenceBank
 from p3s_cli.methods.denoising import add_noise, alphas_cumprod, astray
 from p3s_cli.methods.forward import Forward, forward
@@ -195,16 +195,14 @@ class _Loss:
 
     def judge(self, drawn: _Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the control itself, whose masters autocast casts where the frozen part is in half precision."""
-        return self.compute(drawn, self.control, Inline(), cast=self.autocast != torch.float32)
+        return self.compute(drawn, self.control, cast=self.autocast != torch.float32)
 
-    def compute(
-        self, drawn: _Drawn, control: P3SControl, beside: Inline, cast: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute(self, drawn: _Drawn, control: P3SControl, cast: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """All that follows from what was drawn, for a control in the frozen part's precision or, with `cast`, in another."""
         config, x_t, t = self.config, drawn.x_t, drawn.t
         untouched = None
         if config.preserve:
-            with torch.no_grad(), beside.begun():
+            with torch.no_grad():
                 untouched = self.forward.frozen(self.unet, x_t, t, drawn.text)
         states = control.say(drawn.text, drawn.where)
         weight = torch.ones(self.batch, device=self.device) if control.weighting is None else control.weighting(t)
@@ -218,7 +216,6 @@ class _Loss:
         inside, ground = drawn.inside, config.background_weight
         denoising = denoising_loss(predicted, drawn.noise, ground + (1 - ground) * inside)
         if untouched is not None:
-            beside.joined()
             denoising = denoising + config.preserve * denoising_loss(predicted, untouched, 1 - inside)
         value, consistency = total_loss(
             denoising, copy_maps, injection.maps, config.gamma, config.attention_loss, config.attention_gradient

@@ -1,10 +1,13 @@
 """What a recording replays is what the passes do themselves: here recorded by calling them again, on the CPU."""
 
 import dataclasses
+import itertools
+import weakref
 
 import pytest
 import tiny
 import torch
+from torch import nn
 
 from p3s_cli import config as settings
 from p3s_cli import stages
@@ -17,21 +20,12 @@ from p3s_cli.sd.family import load
 from p3s_cli.subject import Subject
 
 
-def photo(path):
-    """Two unlike things as `tiny.photo` draws them; that one takes its noise from where the test before left it."""
-    pixels = torch.full((3, tiny.SIZE, tiny.SIZE), 0.5) + 0.02 * torch.rand(3, tiny.SIZE, tiny.SIZE)
-    pixels[:, 20:44, 6:30] = torch.tensor([0.86, 0.24, 0.16])[:, None, None]
-    pixels[:, 22:42, 36:58] = torch.tensor([0.2, 0.27, 0.82])[:, None, None]
-    images.save_png(path, images.to_pil(pixels))
-    return path
-
-
 def again(work):
-    """As a CUDA graph: the results stay where they are, and a replay changes what is in them."""
-    results = work()
+    """As a CUDA graph: the results stay where they are, a replay changes what is in them, and nothing is kept alive for it."""
+    results, work = work(), weakref.ref(work)
 
     def replay():
-        for fixed, new in zip(captured._tensors(results), captured._tensors(work()), strict=True):
+        for fixed, new in zip(captured._tensors(results), captured._tensors(work()()), strict=True):
             with torch.no_grad():
                 fixed.copy_(new)
 
@@ -42,11 +36,41 @@ def refused(work):
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
+def lies(spoil, after=0):
+    """A recording whose replays, but for the first `after`, leave `spoil(tensor)` in the place of each result."""
+
+    def record(work):
+        replay, results = again(work)
+        count = itertools.count()
+
+        def lie():
+            replay()
+            if next(count) >= after:
+                for t in captured._tensors(results):
+                    if t.is_floating_point() and not isinstance(t, nn.Parameter):  # a gate is the model's own
+                        t.detach().copy_(spoil(t.detach()))
+
+        return lie, results
+
+    return record
+
+
+def stale(work):
+    """A recording that never hears of new inputs."""
+    replay, results = again(work)
+    replay()
+    return lambda: None, results
+
+
+WITHOUT = "no CUDA graph here, going on without"
+LIARS = {"nan": lies(lambda t: t * float("nan")), "larger": lies(lambda t: 1.05 * t), "stale": stale}
+
+
 @pytest.fixture(scope="module")
 def lesson(tmp_path_factory):
     folder = tmp_path_factory.mktemp("captured")
     family = load(str(tiny.build(folder / "family")), "cpu")
-    made = stages.mask(photo(folder / "two.png"), ["18,32"], ["46,32"], folder / "it", "thing", family=family)
+    made = stages.mask(tiny.photo(folder / "two.png"), ["18,32"], ["46,32"], folder / "it", "thing", family=family)
     return Lesson(family, Subject.open(made.subject), FinetuneConfig(ControlConfig(learned_weight=True), steps=3))
 
 
@@ -58,6 +82,7 @@ def recorded_by(monkeypatch):
         loss = lambda loss, family, control, config: CapturedLoss(loss, control, family.dtype, record)  # noqa: E731
         monkeypatch.setattr(p3s, "_captured", loss)
         monkeypatch.setattr(captured, "possible", lambda device, steps: True)
+        monkeypatch.setattr(captured, "_now", lambda: 0.0)  # here a replay takes as long as its work
         for home in ("binding", "p3s"):
             monkeypatch.setattr(f"p3s_cli.methods.{home}.possible", lambda device, steps: True)
         monkeypatch.setattr("p3s_cli.methods.forward.Graphed", lambda function: Graphed(function, record))
@@ -69,6 +94,13 @@ def learn(lesson):
     losses = []
     tensors = p3s.P3S().fit(dataclasses.replace(lesson, on_step=lambda step, total, numbers: losses.append(numbers)))
     return tensors, losses
+
+
+def heard(monkeypatch, name):
+    """A list that grows with every call of this half of the loss."""
+    calls, whole = [], getattr(p3s._Loss, name)
+    monkeypatch.setattr(p3s._Loss, name, lambda self, *given: calls.append(name) or whole(self, *given))
+    return calls
 
 
 @pytest.mark.parametrize("record", [again, refused])
@@ -84,21 +116,61 @@ def test_a_recorded_step_learns_the_same_bits(lesson, recorded_by, record):
     assert all(torch.equal(tensors[name], plain[name]) for name in plain)
 
 
+@pytest.mark.parametrize("liar", LIARS)
+def test_a_step_recorded_wrongly_is_learnt_without(lesson, recorded_by, caplog, liar):
+    """The same bits, and one line: its replays are held against the work itself before one of them counts."""
+    plain, told = learn(lesson)
+    recorded_by(LIARS[liar])
+    tensors, heard = learn(lesson)
+    assert heard == told and all(torch.equal(tensors[name], plain[name]) for name in plain)
+    assert [r.message for r in caplog.records] == [f"{WITHOUT}: a replay gave other numbers than its work"]
+
+
+def test_a_recording_that_holds_is_kept(lesson, recorded_by, monkeypatch, caplog):
+    """Its first step alone is eager: all others are replays."""
+    recorded_by(again)
+    judged = heard(monkeypatch, "judge")
+    learn(lesson)
+    assert len(judged) == 1 and not caplog.records
+
+
+def test_a_step_that_later_goes_wrong_is_made_again(lesson, recorded_by, caplog):
+    """Its replays hold on two draws, and at the second step; at the third they are no numbers, where eager ones are."""
+    plain, told = learn(lesson)
+    recorded_by(lies(lambda t: t * float("nan"), after=3))
+    tensors, heard = learn(lesson)
+    assert heard == told and all(torch.equal(tensors[name], plain[name]) for name in plain)
+    assert [r.message for r in caplog.records] == [f"{WITHOUT}: a replay was not finite where its work is"]
+
+
+def test_a_step_that_is_not_finite_either_way_is_no_fault_of_the_recording(lesson, recorded_by, monkeypatch, caplog):
+    """It is skipped, as without a recording, and the recording stays."""
+    whole, steps = p3s._Loss.draw, itertools.count()
+
+    def draw(self, generator):
+        drawn = whole(self, generator)
+        return drawn if next(steps) != 2 else dataclasses.replace(drawn, noise=drawn.noise * float("nan"))
+
+    monkeypatch.setattr(p3s._Loss, "draw", draw)
+    recorded_by(again)
+    judged = heard(monkeypatch, "judge")
+    _, numbers = learn(dataclasses.replace(lesson, config=dataclasses.replace(lesson.config, steps=5)))
+    assert numbers[-1]["skipped"] == 1 and len(judged) == 2 and not caplog.records
+
+
 def test_a_refusal_is_told_in_one_line(lesson, recorded_by, caplog):
     recorded_by(refused)
     learn(lesson)
-    assert [r.message for r in caplog.records] == [
-        "no CUDA graph here, going on without: operation not permitted when stream is capturing"
-    ]
+    assert [r.message for r in caplog.records] == [f"{WITHOUT}: operation not permitted when stream is capturing"]
 
 
-@pytest.mark.parametrize("record", [again, refused])
-@pytest.mark.parametrize("options", [{}, {"references": 2}, {"subject_guidance": 3.0}, {"fast": True}])
+@pytest.mark.parametrize("record", [again, refused, *LIARS.values()], ids=["again", "refused", *LIARS])
+@pytest.mark.parametrize("options", [{}, {"references": 2, "subject_guidance": 3.0}, {"fast": True}])
 def test_recorded_passes_draw_the_same_picture(lesson, recorded_by, tmp_path, record, options):
     """Two references share a recording whose results the second would overwrite, if they were not the caller's own."""
     family, root = lesson.family, tmp_path / "it"
     for i in range(2):
-        stages.mask(photo(tmp_path / f"{i}.png"), ["18,32"], ["46,32"], root, "thing", family=family)
+        stages.mask(tiny.photo(tmp_path / f"{i}.png"), ["18,32"], ["46,32"], root, "thing", family=family)
     stages.finetune(root, steps=2, lr=3e-2, family=family)
     drawn = []
     for way in (None, record):
@@ -109,20 +181,44 @@ def test_recorded_passes_draw_the_same_picture(lesson, recorded_by, tmp_path, re
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
 
 
-def test_a_recording_serves_its_shape_alone():
-    calls = []
-
+def doubled(calls):
     def double(x, by):
         calls.append(len(x))
         return {"out": x * by}
 
-    graphed = Graphed(double, again)
-    first, second = graphed(torch.ones(2), 2), graphed(torch.full((2,), 3.0), 2)
-    assert first["out"].tolist() == [2, 2] and second["out"].tolist() == [6, 6]
-    before = len(calls)
-    assert graphed(torch.ones(3), 2)["out"].tolist() == [2, 2, 2]
-    assert graphed(torch.ones(2), 5)["out"].tolist() == [5, 5]
-    assert len(calls) == before + 4  # two shapes more, each recorded once and replayed once
+    return double
+
+
+def test_a_recording_serves_its_shape_alone(monkeypatch):
+    monkeypatch.setattr(captured, "_now", lambda: 0.0)
+    graphed = Graphed(doubled(calls := []), again)
+    for number in (1.0, 3.0, 4.0):  # proved twice, then replayed
+        assert graphed(torch.full((2,), number), 2)["out"].tolist() == [2 * number] * 2
+    assert len(calls) == 1 + 2 * 2 + 1
+    for x, by in ((torch.ones(3), 2), (torch.ones(2), 5)):
+        calls.clear()
+        assert graphed(x, by)["out"].tolist() == [by] * len(x)
+        assert len(calls) == 3  # another shape: recorded, run and replayed
+
+
+@pytest.mark.parametrize("liar", LIARS)
+def test_a_pass_recorded_wrongly_is_run_instead(monkeypatch, caplog, liar):
+    monkeypatch.setattr(captured, "_now", lambda: 0.0)
+    graphed = Graphed(doubled(calls := []), LIARS[liar])
+    found = [graphed(torch.full((2,), number), 2)["out"].tolist() for number in (1.0, 3.0, 4.0)]
+    assert found == [[2, 2], [6, 6], [8, 8]] and len(caplog.records) == 1
+    calls.clear()
+    graphed(torch.ones(2), 2)
+    assert len(calls) == 1
+
+
+def test_a_recording_that_takes_longer_than_its_work_is_dropped(monkeypatch, caplog):
+    """Told by the second replay: the first one brings the graph to the card."""
+    times = iter([0.0, 0.1, 0.0, 0.9, 0.0, 0.1, 0.0, 0.2])
+    monkeypatch.setattr(captured, "_now", lambda: next(times))
+    graphed = Graphed(doubled([]), again)
+    assert [graphed(torch.ones(2), 2)["out"].tolist() for _ in range(3)] == [[2, 2]] * 3
+    assert [r.message for r in caplog.records] == [f"{WITHOUT}: a replay took 200 ms, its work 100"]
 
 
 def test_nothing_is_recorded_on_a_cpu_or_for_a_few_steps():
@@ -136,7 +232,7 @@ def test_how_it_was_computed_is_no_part_of_a_record(lesson, tmp_path):
     options = settings.as_settings(lesson.config)
     assert "captured" in options
     root = tmp_path / "it"
-    stages.mask(photo(tmp_path / "a.png"), ["18,32"], ["46,32"], root, "thing", family=lesson.family)
+    stages.mask(tiny.photo(tmp_path / "a.png"), ["18,32"], ["46,32"], root, "thing", family=lesson.family)
     stages.finetune(root, steps=1, family=lesson.family)
     stages.generate(root, "a [V] thing", n=1, steps=1, family=lesson.family)
     assert "captured" not in Subject.open(root).manifest.finetune.settings["config"]
