@@ -58,12 +58,13 @@ def test_names_in_rows_are_the_entries_that_drew_them():
     assert [(e.method, e.budget, e.strength) for e in found] == [("p3s", "published", 1.0), ("lora", "equal", 0.7)]
 
 
-def test_rows_of_the_committed_bench_say_what_its_table_says():
+@pytest.mark.parametrize("bench", ["bench-world", "bench-world-former"])
+def test_rows_of_the_committed_bench_say_what_its_table_says(bench):
     """Its results are derived from rows and measured seconds that anyone can read."""
     results, how = Path(__file__).parents[2] / "benchmarks/results", protocol("world")
-    kept = rows.read([results / "bench-world.jsonl.xz"])
+    kept = rows.read([results / f"{bench}.jsonl.xz"])
     entries = rows.entries(dict.fromkeys(row.method for row in kept))
-    outcome = gather(kept, entries, Ledger(results / "bench-world.measured.json"), how)
-    told = json.loads((results / "bench-world.json").read_text())
+    outcome = gather(kept, entries, Ledger(results / f"{bench}.measured.json"), how)
+    told = json.loads((results / f"{bench}.json").read_text())
     assert json.loads(rows.told(kept, outcome, how)) == told
     assert len(told["methods"]) == len(entries) + 2 and told["methods"]["p3s"]["seconds"] > 0  # two calibration lines
