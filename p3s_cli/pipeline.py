@@ -26,7 +26,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 from p3s_cli import config as settings
 from p3s_cli.errors import InputError
-from p3s_cli.methods.base import Learnt, SubjectPart
+from p3s_cli.methods.base import Learnt, SubjectPart, check_pair
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.methods.sampling import settled
 from p3s_cli.sd import controlnet as controls
@@ -87,7 +87,7 @@ class P3SPipeline(StableDiffusionPipeline):
 
         `kwargs` are components that take the place of the base's (`scheduler=`, `safety_checker=None`), and
         `controlnet=`: one or several, as modules or by the names that `--control` knows. Raises InputError if a
-        subject is not tuned, or was tuned on another base, and for what is no component.
+        subject is not tuned, or was tuned on another base or another CLIP pair than the first, and for what is no component.
         """
         if unknown := sorted(set(kwargs) - set(inspect.signature(cls.__init__).parameters)):
             raise InputError(
@@ -99,6 +99,7 @@ class P3SPipeline(StableDiffusionPipeline):
         subjects = [Subject.open(Path(r)) for r in roots or sorted(inside.glob("*"))]
         if not subjects:
             raise InputError('P3SPipeline needs a tuned subject; name its directory with subject="..."')
+        check_pair(subjects)
         tower = subjects[0].tuned().settings.get("vision")
         family = load(base, "cpu", str(torch_dtype).removeprefix("torch."), None if inside.is_dir() else tower)
         for one in subjects:

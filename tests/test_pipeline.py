@@ -1,5 +1,8 @@
 """The diffusers pipeline with a subject in it against our own sampler, and saved and loaded again."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import tiny
@@ -168,6 +171,17 @@ def test_what_would_have_no_effect_is_refused_and_what_is_cut_off_is_said(pipe, 
         P3SPipeline.from_pretrained("world", subject=tuned, variant="fp16")
     with pytest.raises(InputError, match="has no subject"):
         P3SPipeline(**pipe.components, requires_safety_checker=False)("a [V] pet")
+
+
+def test_subjects_tuned_with_different_clip_pairs_do_not_join(tiny_folder, tiny_family, tmp_path):
+    stages.mask(tiny.photo(tmp_path / "photo.png"), [(18, 32)], [], tmp_path / "pet", "pet", family=tiny_family)
+    stages.finetune(tmp_path / "pet", steps=1, family=tiny_family)
+    manifest = shutil.copytree(tmp_path / "pet", tmp_path / "other") / "subject.json"
+    record = json.loads(manifest.read_text())
+    record["finetune"]["settings"]["vision"] = "another/pair"
+    manifest.write_text(json.dumps(record))
+    with pytest.raises(InputError, match="other sees its references through another CLIP pair than .*pet; tune one"):
+        P3SPipeline.from_pretrained(tiny_folder, subject=[tmp_path / "pet", tmp_path / "other"])
 
 
 def test_in_half_precision_the_decoder_stays_in_single(tiny_folder, tiny_family, tmp_path):

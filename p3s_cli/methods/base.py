@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
+from p3s_cli.errors import InputError
 from p3s_cli.sd.family import Family, Profile
 from p3s_cli.sd.sample import Eps
 from p3s_cli.sd.train import Checkpoint, Loss, OnStep, Recipe, train
@@ -74,6 +75,16 @@ class SubjectPart:
 
     learnt: Learnt
     strength: float = 1.0
+
+
+def check_pair(subjects: Sequence[Subject]) -> None:
+    """Raises InputError if two see their references through different CLIP pairs, for a family has one."""
+    first = subjects[0]
+    for s in subjects[1:]:
+        if s.tuned().settings.get("vision") != first.tuned().settings.get("vision"):
+            raise InputError(
+                f"{s.root} sees its references through another CLIP pair than {first.root}; tune one of them again with the other's --vision"
+            )
 
 
 class Method(Protocol):

@@ -42,6 +42,7 @@ class Bound:
     forward: Forward = Forward()
     _kept: list[Injection] = field(default_factory=list)
     _age: int = 0
+    _first: float = -1.0  # where the trajectory began
     _last: float = -1.0
 
     @classmethod
@@ -77,10 +78,13 @@ class Bound:
         weights = torch.full((len(x_t),), weight * self.strength, device=x_t.device)
         if self.learned is not None:
             weights = weights * self.learned(t)
-        begins = float(t[0]) >= self._last  # time runs downwards, so this is another trajectory
+        time = float(t[0])
+        # time runs downwards, so this is another trajectory; some schedulers stay at a time, but not at the first
+        begins = time >= self._first or time > self._last
         if begins or self._age % self.reuse == 0 or len(self._kept[0].weight) != len(x_t):
             self._kept, self._age = [self._inject(x_t, t, states, weights, seen) for seen in self.seen], 0
-        self._age, self._last = self._age + 1, float(t[0])
+        self._first = time if begins else self._first
+        self._age, self._last = self._age + 1, time
         return [replace(kept, weight=weights) for kept in self._kept]
 
     def _inject(self, x_t: Tensor, t: Tensor, states: Tensor, weights: Tensor, seen: Tensor) -> Injection:

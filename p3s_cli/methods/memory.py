@@ -96,17 +96,21 @@ def choose(name: str, profile: Profile, device: str, dtype: torch.dtype) -> tupl
     """A memory profile by name; `auto` is the one named after the device's memory, or the next with which it fits.
 
     A small family always gets the most generous one, so that its results do not depend on the machine.
-    Raises InputError for an unknown name.
+    Raises InputError for an unknown name, and for one that cannot be tuned with on this device.
     """
+    usable = _usable(device.startswith("mps"))
     if name != "auto":
         if name not in MEMORY:
             raise InputError(f"no memory profile is called {name!r}; choose one of: auto, {', '.join(MEMORY)}")
+        if name not in usable:
+            least = min(usable, key=int)
+            raise InputError(f"profile {name} tunes in float8, which {device} does not have; choose --memory {least}")
         return name, MEMORY[name]
     sizes, available = Sizes.of(profile), device_memory(device)
     needs = {key: _need(sizes, memory, dtype, int(profile.finetune["batch"])) for key, memory in MEMORY.items()}
     if available is None or needs["24"] < _SMALL:
         return "24", MEMORY["24"]
-    for key, memory in MEMORY.items():
+    for key, memory in usable.items():
         # a card of 24 GB reports a little less or more, depending on who counts
         if needs[key] + _RUNTIME <= available and memory.gigabytes * 0.92 * GB <= available:
             return key, memory
@@ -128,9 +132,12 @@ def within(
             raise
         if not heeded:
             raise P3SError("out of memory, and this method has no way with less; use another --device") from error
-        less = next((key for key in MEMORY if MEMORY[key].gigabytes < memory.gigabytes), None)
+        usable = _usable("MPS" in str(error))
+        less = next((key for key in usable if usable[key].gigabytes < memory.gigabytes), None)
         if less is None:
-            raise P3SError(f"out of memory with profile {name}, which is the smallest; use another --device") from error
+            raise P3SError(
+                f"out of memory with profile {name}, which is the smallest here; use another --device"
+            ) from error
     # outside the handler: while it lives, the exception holds on to the tensors of the first try
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -142,6 +149,11 @@ def within(
         raise P3SError(
             f"out of memory with profile {name} and then with {less}; choose a smaller --memory or another --device"
         ) from error
+
+
+def _usable(mps: bool) -> dict[str, MemoryProfile]:
+    """The profiles of a device, largest first: MPS has no float8, which the 8-bit optimiser keeps its moments in."""
+    return {key: memory for key, memory in MEMORY.items() if not (mps and memory.optimizer == "adamw8")}
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

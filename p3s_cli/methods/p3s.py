@@ -166,7 +166,7 @@ class _Loss:
         self.unet, self.control, self.bank, self.config, self.batch = family.unet, control, bank, config, batch
         self.forward = forward
         self.device, self.dtype = family.device, family.dtype
-        # masters in bfloat16 compute in it, whatever the frozen part is kept in
+        # in the frozen part's precision; beside one in float32 in that of the masters, which may be bfloat16
         self.autocast = self.dtype if self.dtype != torch.float32 else next(control.parameters()).dtype
         self.alphas_cumprod = alphas_cumprod(family)
         name, identifier = f"{text.PLACEHOLDER} {subject.manifest.class_word}", subject.manifest.identifier

@@ -70,14 +70,14 @@ def connected_mask(score: np.ndarray, seeds: Sequence[tuple[int, int]]) -> tuple
     """Eq. 2's Otsu threshold, then only the components that hold a seed (row, column).
 
     A seed always ends inside: where the threshold excludes one, it falls to the largest value that
-    includes them all. Returns the mask and whether that happened.
+    includes them all; of a constant score that is everything. Returns the mask and whether that happened.
     """
     threshold = threshold_otsu(score) if score.min() < score.max() else score.min()
     lowest = min(score[s] for s in seeds)
-    lowered = lowest <= threshold and score.min() < score.max()
+    lowered = lowest <= threshold
     above = score >= lowest if lowered else score > threshold
     labels, _ = ndimage.label(above)
-    return np.isin(labels, [labels[s] for s in seeds if labels[s]]), lowered
+    return np.isin(labels, [labels[s] for s in seeds]), lowered
 
 
 def separability(score: np.ndarray) -> float:

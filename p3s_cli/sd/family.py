@@ -20,6 +20,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from p3s_cli.atomic import sha256
@@ -48,6 +49,7 @@ class Family:
         self.source, self.profile, self.device, self.dtype = source, profile, device, dtype
         self.inpainter_chosen = False  # by name, so that its absence is an error
         self.inpainter_absent: str | None = None  # the command that brings it, once the base has taken its place
+        self.inpainter_unfit: str | None = None  # why not the inpainter that is here, once the base has taken its place
         self.fetch = f"p3s fetch {source}"  # the command that brings what is missing
 
     @cached_property
@@ -86,12 +88,14 @@ class Family:
     def vision(self) -> ClipPair:
         clip = self._frozen(self._clip_model(self.profile.part("clip")))
         tokenizer = read_tokenizer(self.profile.clip_tokenizer, self.fetch)
+        part = self.profile.part("clip")
         return ClipPair(
             clip,
             tokenizer,
-            *_statistics(self.profile.part("clip")),
+            *_statistics(part),
             self.profile.feature_layers,
             self.profile.feature_side,
+            as_filed=lambda: self._clip_model(part).vision_model,
         )
 
     def _clip_model(self, part: Part) -> CLIPModel:
@@ -109,18 +113,23 @@ class Family:
             return self.vision
         part = tower(name)
         fetch = f"p3s fetch {self.source} --vision {name}"
-        model = hub.load(AutoModel, part, fetch, trust_remote_code=False)
-        tower_model = getattr(model, "vision_model", model)
-        if not all(hasattr(tower_model.config, field) for field in _VIT):
+
+        def as_filed() -> nn.Module:
+            model = hub.load(AutoModel, part, fetch, trust_remote_code=False)
+            return getattr(model, "vision_model", model)
+
+        model = as_filed()
+        if not all(hasattr(model.config, field) for field in _VIT):
             raise InputError(f"{part.source} holds a {model.config.model_type}, not a ViT; name one, or a CLIP pair")
-        return VisionTower(self._frozen(tower_model), *_statistics(part))
+        return VisionTower(self._frozen(model), *_statistics(part), as_filed=as_filed)
 
     @cached_property
     def inpaint_unet(self) -> UNet2DConditionModel | None:
         """The inpainting sibling's U-Net (9 channels), or the base's own (4), which diffusers' pipeline takes as well.
 
         None where the family asks for the classical filler: a base that was never trained to inpaint, and
-        knows no picture without a subject, paints another subject. Raises InputError if an inpainter that was asked for by name is not at hand.
+        knows no picture without a subject, paints another subject. Raises InputError if an inpainter that was asked for by name is not at hand,
+        or reads another text than this family's.
         """
         sibling = self.profile.inpainter
         if sibling == CLASSICAL:
@@ -129,14 +138,26 @@ class Family:
             return self.unet
         fetch = f"p3s fetch {self.source} --inpainter {sibling}"
         try:
-            if Path(sibling).suffix == ".safetensors":
-                return self._frozen(single_file.load_part(Path(sibling), "unet"))
-            return self._frozen(hub.load(UNet2DConditionModel, self.profile.part("inpainter"), fetch))
+            found = self._sibling(sibling, fetch)
         except InputError:
             if self.inpainter_chosen:
                 raise
             self.inpainter_absent = fetch
             return self.unet
+        reads, written = found.config.cross_attention_dim, self.text_encoder.config.hidden_size
+        if reads == written:
+            return found
+        # SD v1-5's inpainter beside a base of SD 2, which has none of its own here
+        unfit = f"the inpainter {sibling} reads text of width {reads} and {self.source} writes {written}"
+        if self.inpainter_chosen:
+            raise InputError(f"{unfit}; name one made for this base, or --inpainter {CLASSICAL}")
+        self.inpainter_unfit = unfit
+        return self.unet
+
+    def _sibling(self, source: str, fetch: str) -> UNet2DConditionModel:
+        if Path(source).suffix == ".safetensors":
+            return self._frozen(single_file.load_part(Path(source), "unet"))
+        return self._frozen(hub.load(UNet2DConditionModel, self.profile.part("inpainter"), fetch))
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
@@ -234,12 +255,17 @@ def tower(name: str) -> Part:
 
 def resolve_device(name: str) -> str:
     """`auto` prefers CUDA, then MPS, then the CPU. Raises InputError where the asked one is absent."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = {"cuda": cards, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        return next(d for d in ("cuda", "mps", "cpu") if available[d])
-    if name.split(":")[0] not in available:
+        return next(kind for kind, devices in count.items() if devices)
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # such as cpu:abc
+        device = None
+    if device is None or device.type not in count:
         raise InputError(f"no device is called {name!r}; choose one of: auto, cuda, mps, cpu")
-    if not available[name.split(":")[0]]:
+    if (device.index or 0) >= count[device.type]:
         raise InputError(f"this machine has no {name} device that torch can use; try --device auto")
     return name
 

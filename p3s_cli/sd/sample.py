@@ -125,6 +125,16 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[Te
     return torch.stack([torch.randn(shape, generator=g) for g in generators]), generators
 
 
+def _check_steps(scheduler: diffusers.SchedulerMixin, steps: int) -> None:
+    """Raises InputError for steps so many that times lie outside what the base was trained on.
+
+    Left to themselves the schedulers find out after all passes, or draw what is not finite.
+    """
+    most = scheduler.config.num_train_timesteps - scheduler.config.get("steps_offset", 0) - 1
+    if steps > most:
+        raise InputError(f"the scheduler cannot take {steps} steps; give at most {most} with --steps")
+
+
 @torch.no_grad()
 def sample(
     eps: Eps,
@@ -147,10 +157,10 @@ def sample(
     than the scheduler takes.
     """
     device = text.device
-    try:
-        scheduler.set_timesteps(steps, device=device)
-    except ValueError as error:  # more than it was trained with
-        raise InputError(f"the scheduler cannot take {steps} steps ({error}); give fewer --steps") from error
+    _check_steps(scheduler, steps)
+    scheduler.set_timesteps(steps, device=device)
+    if hasattr(scheduler, "noise_sampler_seed"):  # DPMSolverSDE's, which takes no generators
+        scheduler.noise_sampler_seed = list(seeds)
     noise, generators = initial_noise(seeds, shape)
     x = noise.to(device) * scheduler.init_noise_sigma
     # made once, so that what depends on the text alone is recognised and computed once

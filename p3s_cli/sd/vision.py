@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ class VisionTower:
     """A ViT of transformers and its pixel statistics. Images are (B, 3, H, W) in [0, 1], never cropped.
 
     `layers` and `side` are what its patch features for masks are read at: hidden states, and pixels of a
-    square photo.
+    square photo. `as_filed` reads the model once more, in the precision of its files.
     """
 
     def __init__(
@@ -33,8 +33,9 @@ class VisionTower:
         std: Sequence[float],
         layers: Sequence[int] | None = None,
         side: int | None = None,
+        as_filed: Callable[[], nn.Module] | None = None,
     ):
-        self.model = model
+        self.model, self._as_filed = model, as_filed
         self._mean = torch.tensor(mean).view(1, 3, 1, 1)
         self._std = torch.tensor(std).view(1, 3, 1, 1)
         config = model.config
@@ -54,10 +55,13 @@ class VisionTower:
     def fingerprint(self) -> str:
         """sha256 of the tower's weights in half precision, its layers and its resolution.
 
+        The same whatever precision it is loaded in: bfloat16 has lost what half precision keeps, so there its files are asked.
         Without the pooler, which no patch depends on: a ViT's file may have none, and it is then drawn at random.
         """
+        lost = self.model.dtype == torch.bfloat16 and self._as_filed is not None
+        model = self._as_filed() if lost else self.model
         digest = hashlib.sha256(repr((self.layers, self.side)).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
+        for name, tensor in sorted(model.state_dict().items()):
             if name.startswith("pooler."):
                 continue
             digest.update(name.encode() + tensor.half().cpu().numpy().tobytes())
@@ -106,8 +110,8 @@ class VisionTower:
 class ClipPair(VisionTower):
     """A CLIP model: its vision tower, and the space it shares with its text tower."""
 
-    def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, mean, std, layers=None, side=None):
-        super().__init__(clip.vision_model, mean, std, layers, side)
+    def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, mean, std, layers=None, side=None, as_filed=None):
+        super().__init__(clip.vision_model, mean, std, layers, side, as_filed)
         self.clip, self.tokenizer = clip, tokenizer
         self.logit_scale = clip.logit_scale.exp().item()
 

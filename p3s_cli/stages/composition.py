@@ -13,6 +13,7 @@ from p3s_cli import methods
 from p3s_cli.atomic import sha256
 from p3s_cli.errors import InputError
 from p3s_cli.lock import reading
+from p3s_cli.methods.base import check_pair
 from p3s_cli.sd import controlnet, hub, images
 from p3s_cli.subject import Subject, digest
 
@@ -54,12 +55,7 @@ class Composition:
                 f"{other.root} is tuned by {other.method}, which nothing can join; leave out --also, --control "
                 "and --lora, or tune it with p3s"
             )
-        first = subjects[0]
-        for s in subjects[1:]:
-            if s.tuned().settings.get("vision") != first.tuned().settings.get("vision"):
-                raise InputError(
-                    f"{s.root} sees its references through another CLIP pair than {first.root}; tune one of them again with the other's --vision"
-                )
+        check_pair(subjects)
 
     def record(self) -> dict[str, Any]:
         """Everything an image depends on, by content; empty if nothing joins."""

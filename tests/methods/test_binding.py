@@ -61,6 +61,16 @@ def test_a_trajectory_of_one_step_has_features_of_its_own_too(tuned):
     assert next(iter(first[0].features.values())) is not next(iter(second[0].features.values()))
 
 
+def test_a_scheduler_that_stays_at_a_time_does_not_begin_another_trajectory_there(tuned):
+    """Heun's times: every one but the first comes twice."""
+    family, part = tuned
+    times = [900, 700, 700, 500, 500, 300, 300, 100, 100]
+    steps = trajectory(family, Bound.build(family, part, GenerateConfig(reuse=4)), times)
+    features = [next(iter(step[0].features.values())) for step in steps]
+    fresh = [i for i, f in enumerate(features) if i == 0 or f is not features[i - 1]]
+    assert fresh == [0, 4, 8]
+
+
 def test_a_subject_binds_to_a_family_of_which_nothing_is_loaded_yet(tuned):
     """The control is made on the meta device, where no model can be read; it ends with the tuned tensors alone."""
     family, part = tuned

@@ -90,9 +90,15 @@ def test_masks_never_share_a_pixel_and_hold_their_points():
         assert made.subject[patch_of(p, (50, 70))]
 
 
+def test_a_seed_ends_inside_even_where_every_score_is_the_same():
+    mask, lowered = connected_mask(np.full((6, 6), 0.3), [(2, 3)])
+    assert mask.all() and lowered
+
+
 def test_a_constant_image_has_nothing_to_part():
+    """All of it is as like the point as the point itself, which is said."""
     made = select(torch.ones(6, 6, 4), [(0.5, 0.5)], [], (12, 12), MaskConfig())
-    assert not made.subject.any() and made.confidence == 0  # of which `stages.reference` makes a sentence
+    assert made.subject.all() and made.confidence == 0 and "covers nearly the whole image" in made.warnings[-1]
 
 
 def test_no_negative_point_means_no_negative_mask():

@@ -51,6 +51,23 @@ def test_unknown_device_and_dtype():
             load("world", device="cuda")
 
 
+@pytest.mark.parametrize("name", ["cpu:abc", "cpu:", "cuda:x", "cuda:-1", "xpu", "xpu:0", "", ":", "cpu:0:0"])
+def test_what_torch_takes_for_no_device_or_p3s_does_not_know_is_refused(name):
+    with pytest.raises(InputError, match=f"no device is called '{name}'"):
+        resolve_device(name)
+
+
+def test_a_device_is_one_of_those_that_are_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [resolve_device(n) for n in ("auto", "cuda", "cuda:1", "cpu", "cpu:0")] == [
+        "cuda", "cuda", "cuda:1", "cpu", "cpu:0",
+    ]  # fmt: skip
+    for name in ("cuda:2", "cuda:7", "cpu:1"):
+        with pytest.raises(InputError, match=f"this machine has no {name} device"):
+            resolve_device(name)
+
+
 def test_the_precision_left_open_is_one_that_the_card_computes_in(monkeypatch):
     """Before Ampere bfloat16 is emulated, with no fused attention."""
     monkeypatch.setattr(torch.cuda, "device", lambda which: contextlib.nullcontext())
@@ -255,6 +272,38 @@ def test_without_its_sibling_a_base_inpaints_with_its_own_four_channels(world, t
     assert family.inpainter_absent == "p3s fetch world --inpainter not/here"
     with pytest.raises(InputError, match="not/here/unet is not on this machine"):
         _ = load("world", inpainter="not/here").inpaint_unet
+
+
+def test_a_sibling_that_reads_another_text_than_the_base_s_gives_way_to_the_base(tiny_folder, world, tmp_path):
+    """SD v1-5's inpainter beside a base of SD 2: widths 768 and 1024 there, 128 and 32 here."""
+    from dataclasses import replace
+
+    from p3s_cli.sd.inpaint import inpainting_filler
+
+    world.unet.save_pretrained(tmp_path / "unet", variant="fp16")
+    family = load(str(tiny_folder), "cpu")
+    family.profile = replace(family.profile, inpainter=str(tmp_path))
+    image, region = torch.rand(3, 64, 64), torch.zeros(64, 64, dtype=torch.bool)
+    region[16:48, 16:48] = True
+    filled = inpainting_filler(family, steps=2)(image, region, seed=1)
+    assert (filled[:, region] != image[:, region]).any()
+    assert family.inpaint_unet is family.unet and family.inpainter_absent is None
+    assert family.inpainter_unfit == f"the inpainter {tmp_path} reads text of width 128 and {tiny_folder} writes 32"
+    with pytest.raises(InputError, match="reads text of width 128 .* writes 32; name one made for this base"):
+        _ = load(str(tiny_folder), "cpu", inpainter=str(tmp_path)).inpaint_unet
+
+
+@pytest.mark.parametrize("filed", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_tower_s_fingerprint_is_that_of_its_files_whatever_precision_it_is_loaded_in(
+    tiny_folder, tiny_family, tmp_path, filed
+):
+    """The family's own pair, and a tower beside it."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "family")
+    copy.deepcopy(tiny_family.vision.clip).to(filed).save_pretrained(folder / "clip")
+    families = [load(str(folder), "cpu", dtype) for dtype in ("float32", "float16", "bfloat16")]
+    assert families[2].vision.model.dtype == torch.bfloat16
+    assert len({f.vision.fingerprint for f in families}) == 1
+    assert len({f.mask_tower(str(folder / "clip")).fingerprint for f in families}) == 1
 
 
 def test_another_clip_pair_can_take_the_family_s_place(world, tmp_path):

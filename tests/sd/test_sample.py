@@ -1,5 +1,9 @@
 """The sampler against diffusers' own pipeline, and guidance against its formula."""
 
+import importlib
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -103,6 +107,47 @@ def test_every_scheduler_denoises_and_gives_each_seed_the_same_image_in_any_batc
         return sample(eps, states, states[:1], scheduler, seeds, (4, 8, 8), steps=4, guidance=1.0)
 
     assert torch.equal(run([5, 6, 7])[1:2], run([6]))
+
+
+class Noise:
+    """What a scheduler asks of torchsde's BrownianInterval: for a seed and a span, always the same noise."""
+
+    def __init__(self, size, entropy, **options):
+        self.shape, self.seed = size, entropy
+
+    def __call__(self, start, end):
+        return torch.randn(self.shape, generator=torch.Generator().manual_seed(self.seed + round(float(end) * 1e3)))
+
+
+def test_a_scheduler_that_draws_its_noise_itself_draws_it_from_the_seeds(world, monkeypatch):
+    """DPMSolverSDE takes no generators; torchsde, which it needs, is not a requirement."""
+    monkeypatch.setitem(sys.modules, "torchsde", SimpleNamespace(BrownianInterval=Noise))
+    module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+
+    def run(seeds):
+        scheduler = module.DPMSolverSDEScheduler.from_config(world.scheduler_config)
+        states = torch.zeros(len(seeds), 77, 8)
+        options = {"steps": 4, "guidance": 1.0}
+        return sample(lambda x, t, s, _: 0.5 * x, states, states[:1], scheduler, seeds, (4, 8, 8), **options)
+
+    assert torch.equal(run([5, 6, 7])[1:2], run([6])) and not torch.equal(run([6]), run([7]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:numpy")
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "unipc", "euler", "dpm_single"])
+def test_as_many_steps_as_there_are_times_for_are_drawn_and_one_more_is_refused_before_the_first(world, name):
+    """998 of 1000, for times begin at 1 and the multistep solvers begin one time above the number of steps."""
+    calls = []
+
+    def run(steps):
+        eps = lambda x, t, s, _: calls.append(0) or 0.5 * x  # noqa: E731
+        states, scheduler = torch.zeros(1, 77, 8), build_scheduler(name, world.scheduler_config)
+        return sample(eps, states, states, scheduler, [5], (4, 2, 2), steps=steps, guidance=1.0)
+
+    for steps in (999, 1000, 1001):
+        with pytest.raises(InputError, match=f"cannot take {steps} steps; give at most 998"):
+            run(steps)
+    assert not calls and torch.isfinite(run(998)).all()
 
 
 def test_unknown_scheduler_is_named_with_the_choices():
