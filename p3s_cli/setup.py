@@ -164,10 +164,14 @@ def fetch(
     Of a family it is checked that each file is what the hub says it is.
 
     Parts that are there are only checked; damaged files are fetched anew. An optional part that cannot
-    be had is reported as missing. Raises InputError for any other, in one sentence.
+    be had is reported as missing. Raises InputError for any other, in one sentence, and for models named beside a protocol.
     """
     report = on_progress or (lambda what, done, total: None)
     if model in PROTOCOLS and model not in _FAMILIES:
+        if vision or inpainter or control:
+            raise InputError(
+                f"{model} names the metric models of a protocol; leave out --vision, --inpainter and --control, or name a family"
+            )
         return [_fetch_metric(model, key, report) for key in PROTOCOLS[model].models]
     wanted = Wanted(model, vision, inpainter, tuple(control or ()))
     hub.lists(wanted.profile.base, "safety_checker", online=True)  # brings the index that says which parts there are

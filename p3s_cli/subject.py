@@ -231,7 +231,7 @@ class Subject:
         """The command that tunes as it was tuned, on that base, for as long and as fast."""
         made = self.tuned().settings
         config = made["config"] if isinstance(made.get("config"), dict) else {}
-        options = {"model": made.get("base"), "vision": made.get("vision")}
+        options = {"model": made.get("base"), "vision": made.get("vision") if self.method == "p3s" else None}
         options |= {name: config.get(name) for name in ("steps", "lr")}
         usual = {"model": self.manifest.model, "vision": "clip"}
         given = [f"--{n} {shlex.quote(str(v))}" for n, v in options.items() if v and v != usual.get(n)]
@@ -302,6 +302,8 @@ def mask_command(photo: Path, reference: Reference, root: Path) -> str:
     made = reference.mask.settings if reference.mask else {}
     usual = {"preset": "default", "vision": "clip"}
     options = [f"--{o} {shlex.quote(str(made[o]))}" for o in usual if o in made and made[o] != usual[o]]
+    if made.get("inpainter_chosen") and made.get("inpainter"):
+        options.append(f"--inpainter {shlex.quote(str(made['inpainter']))}")
     if reference.mask and reference.mask.seed:
         options.append(f"--seed {reference.mask.seed}")
     return f"p3s mask {shlex.quote(str(photo))} {' '.join([*points, *box, *options])} -o {shlex.quote(str(root))}"

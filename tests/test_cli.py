@@ -64,7 +64,16 @@ BAD = [
     (["mask", "two.png", "--pos", "5,5", "--model", "sd99"], "no model is called"),
     (["mask", "two.png", "--pos", "5,5", "--preset", "fast"], "no preset is called"),
     (["mask", "two.png", "--pos", "5,5", "--model", "world", "--device", "tpu"], "no device is called"),
+    (["mask", "two.png", "--grid", "--pos", "1,1", "--class", "dog"], "leave out --pos and --class, or --grid itself"),
+    (["mask", "two.png", "b.png", "--grid", "-o", "out.png"], "several photos make several grids"),
+    (["mask", "a/two.png", "b/two.png", "--grid"], "two of the photos would be two-grid.png"),
     (["finetune", "nowhere"], "not a subject directory"),
+    (["finetune", "nowhere", "--lr", "inf"], "inf is no learning rate"),
+    (["finetune", "nowhere", "--method", "lora", "--memory", "12"], "lora has no use for --memory"),
+    (["finetune", "nowhere", "--method", "lora", "--vision", "a/b"], "lora has no use for --vision"),
+    (["fetch", "dreambooth", "--control", "canny"], "dreambooth names the metric models of a protocol; leave out"),
+    (["fetch", "dreambooth", "--vision", "dinov2"], "dreambooth names the metric models of a protocol; leave out"),
+    (["eval", "--bench", "world", "--strength", "inf"], "inf is no strength"),
     (["generate", "nowhere", "a [V] dog"], "not a subject directory"),
     (["eval"], "name a subject directory, or a benchmark"),
     (["eval", "nowhere"], "not a subject directory"),
@@ -78,6 +87,9 @@ BAD = [
     (["eval", "--bench", "world", "--budget", "mine"], "no budget is called 'mine'; choose from: published, equal"),
     (["eval", "nowhere", "--budget", "equal"], "--budget belongs to --bench world"),
     (["eval", ".", "--bench", "dreambench", "--self-check", "--method", "lora"], "leave out --method"),
+    (["eval", ".", "--bench", "dreambench", "--self-check", "-n", "3"], "leave out -n, --seed and --dtype"),
+    (["eval", ".", "--bench", "dreambench", "--self-check", "--seed", "5"], "leave out -n, --seed and --dtype"),
+    (["eval", ".", "--bench", "dreambench", "--self-check", "--dtype", "none"], "leave out -n, --seed and --dtype"),
     (["eval", "--bench", "world", "--method", "lore"], "no method is called 'lore'"),
     (["eval", "--bench", "world", "--ablate", "--only", "nothing"], "nothing here is called 'nothing'"),
     (["eval", "--bench", "dreambench"], "name the DreamBench folder"),
@@ -94,6 +106,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(home, arguments, words):
     assert sorted(home.rglob("*")) == before
 
 
+def test_a_grid_goes_where_it_is_told(home):
+    result = p3s("mask", "two.png", "--grid", "-o", "drawn.png", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout) == ["drawn.png"] and (home / "drawn.png").is_file()
+    assert p3s("mask", "two.png", "--grid").stdout == "look at two-grid.png\n"
+
+
 def test_generate_checks_its_words_before_anything_is_loaded(home, pair):
     (x, y), _ = pair[2]
     p3s("mask", "two.png", "--pos", f"{x},{y}", "--model", "world", "--class", "pet")
@@ -108,6 +126,8 @@ def test_generate_checks_its_words_before_anything_is_loaded(home, pair):
 
 
 def test_doctor_says_what_is_here_what_it_takes_and_what_to_do(home):
+    assert {p["state"] for p in json.loads(p3s("fetch", "world", "--json").stdout)} == {"present"}
+    assert "as JSON on stdout, an object or a list." in " ".join(p3s("fetch", "--help").stdout.split())
     report = json.loads(p3s("doctor", "world", "--device", "cpu", "--json").stdout)
     assert {p["state"] for p in report["parts"]} == {"present"} and report["advice"] == []
     assert report["versions"]["torch"] and report["dtype"] == "float32" and report["offline"]
@@ -135,7 +155,7 @@ def test_python_functions_have_the_same_names_and_defaults_as_the_commands():
 
     renamed = {"photos": "photo", "pos": "positive", "neg": "negative"}
     # lists start empty; files, and a picture, of their own
-    commands_only = {"as_json", "pos", "neg", "points", "grid", "subject_dirs", "jobs"}
+    commands_only = {"context", "as_json", "pos", "neg", "points", "grid", "subject_dirs", "jobs"}
     for name in ("mask", "finetune", "generate"):
         ours = inspect.signature(getattr(stages, name)).parameters
         for option, parameter in inspect.signature(commands[name]).parameters.items():

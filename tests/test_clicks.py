@@ -10,7 +10,7 @@ from p3s_cli import pictures, stages
 from p3s_cli.errors import InputError
 from p3s_cli.sd import images
 from p3s_cli.sd.weights import load_tensors
-from p3s_cli.stages.clicks import read_clicks, resolve_box
+from p3s_cli.stages.clicks import read_clicks, resolve_box, resolve_points
 from p3s_cli.stages.reference import Clicks
 from p3s_cli.subject import Subject
 from p3s_cli.world import seeds
@@ -67,12 +67,30 @@ def test_a_box_stands_for_its_middle_and_bounds_the_mask(world, tmp_path):
     assert any("the box cuts" in w and "widen it" in w for w in made.warnings)
 
 
+def test_fractions_as_numbers_are_not_taken_for_pixels_of_the_corner(tmp_path):
+    (read,) = read_clicks(write(tmp_path / "p.json", {"positive": [[0.3, 0.5]]}), [Path("a.jpg")])
+    for points in (read.positive, [(1.0, 0.5)], [[0, 0.5]]):
+        with pytest.raises(
+            InputError, match=r"numbers are pixels, and .* reads as fractions; write those as text, '\d"
+        ):
+            resolve_points(points, 100, 100)
+    assert resolve_points([(0, 1), (1.0, 0.0), (0.5, 7), (33.0, 76.0)], 100, 100) == [
+        (0, 1),
+        (1, 0),
+        (0.5, 7),
+        (33, 76),
+    ]
+
+
 def test_boxes_that_are_none():
     assert resolve_box("10,20,30,40", 100, 100) == (10, 20, 30, 40)
     assert resolve_box("0.1,0.2,0.5,1.0", 101, 101) == (10, 20, 50, 100)
     for box, words in (("1,2,3", "not a box"), ("30,20,10,40", "is empty"), ("1,1,200,50", "outside the image")):
         with pytest.raises(InputError, match=words):
             resolve_box(box, 100, 100)
+    assert resolve_box((0.5, 0.5, 30, 40), 100, 100) == (0.5, 0.5, 30, 40)
+    with pytest.raises(InputError, match=r"reads as fractions; write those as text, '0.0,0.0,0.9,0.9'$"):
+        resolve_box([0, 0, 0.9, 0.9], 100, 100)
     with pytest.raises(InputError, match="outside the box"):
         Clicks.read([(90, 90)], [], "1,1,50,50", 100, 100)
     with pytest.raises(InputError, match="no positive point"):
@@ -110,5 +128,7 @@ def test_grid_keeps_the_photo_and_labels_its_pixels(tmp_path, pair):
     images.save_png(tmp_path / "two.png", pair[0])
     path = stages.grid(tmp_path / "two.png", tmp_path / "g.png")
     drawn = images.load_image(path)
+    with pytest.raises(InputError, match="would take the place of .*two.png itself"):
+        stages.grid(tmp_path / "two.png", tmp_path / "two.png")
     assert drawn.width == 5 * 128  # enlarged by a whole number, so a line stands exactly on its pixel
     assert pictures.coordinate_grid(Image.new("RGB", (900, 600))).size == (900, 600)

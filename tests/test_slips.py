@@ -1,6 +1,7 @@
 """What a hand slips into: each ends in one sentence, and takes nothing away from whom it happens to."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tiny
 
 import p3s_cli
 from p3s_cli import stages
+from p3s_cli.benches.evaluate import evaluate_world
 from p3s_cli.errors import InputError
 from p3s_cli.stages.clicks import parse_point
 from p3s_cli.subject import Subject
@@ -114,9 +116,20 @@ def test_a_point_that_may_be_pixels_or_fractions_is_asked_about():
     assert parse_point("0.25,1.0")[0] == "fraction" and parse_point("0,1")[0] == parse_point("0.5,30")[0] == "pixels"
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -1.0])
+def test_numbers_that_are_none_are_refused_before_anything_is_tuned(subject, tiny_family, tmp_path, number):
+    with pytest.raises(InputError, match=f"{number} is no learning rate"):
+        stages.finetune(subject, steps=1, lr=number, family=tiny_family)
+    with pytest.raises(InputError, match=f"{number} is no strength"):
+        evaluate_world(tmp_path / "work", strengths=[0.5, number])
+
+
 def test_options_that_would_do_nothing_are_refused(subject, tiny_family):
     with pytest.raises(InputError, match="lora has no use for --preset"):
         stages.finetune(subject, "lora", steps=1, preset="paper", family=tiny_family)
+    for option in ("memory", "vision"):
+        with pytest.raises(InputError, match=f"lora has no use for --{option}"):
+            stages.finetune(subject, "lora", steps=1, family=tiny_family, **{option: "12"})
     stages.finetune(subject, steps=1, family=tiny_family)
     with pytest.raises(InputError, match="has 1 of 5 references"):
         stages.generate(subject, "a [V] thing", n=1, steps=1, references=5, family=tiny_family)

@@ -1,14 +1,18 @@
 """The main path on the bundled family, with as few steps as show what is claimed."""
 
 import functools
+import hashlib
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from p3s_cli import stages
 from p3s_cli.config import PACES, GenerateConfig, WeightSchedule
@@ -21,8 +25,9 @@ from p3s_cli.sd.family import load
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.segment.select import _warnings
+from p3s_cli.stages import generating
 from p3s_cli.stages.clicks import parse_point, resolve_points
-from p3s_cli.stages.reference import Clicks, _check_apart, _degenerate, guess_class
+from p3s_cli.stages.reference import Clicks, _check_apart, _degenerate, _named, guess_class
 from p3s_cli.subject import Subject, mask_command
 
 
@@ -302,3 +307,68 @@ def test_that_the_base_filled_in_for_a_missing_inpainting_model_is_said(tiny_fol
     family.profile = replace(family.profile, inpainter="not/here")
     made = stages.mask(tiny.photo(tmp_path / "p.png"), ["18,32"], ["46,32"], tmp_path / "it", "thing", family=family)
     assert any(f"p3s fetch {tiny_folder} --inpainter not/here" in w and "--force" in w for w in made.warnings)
+
+
+def shifted(file):
+    """Other weights under the same name."""
+    save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("fills", ["the base", "an inpainter"])
+def test_masks_are_made_again_once_what_paints_over_the_look_alike_has_changed(tiny_folder, tmp_path, fills):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    own = None if fills == "the base" else str(shutil.copytree(tiny_folder, tmp_path / "inpainter"))
+    photo, weights = tiny.photo(tmp_path / "p.png"), Path(own or base) / "unet/diffusion_pytorch_model.safetensors"
+
+    def mask(name, *negative):
+        family = load(str(base), "cpu", inpainter=own)
+        return stages.mask(photo, ["18,32"], negative, tmp_path / name, "thing", family=family).unchanged
+
+    assert [mask("two", "46,32"), mask("one"), mask("two", "46,32")] == [False, False, True]
+    shifted(weights)
+    assert [mask("two", "46,32"), mask("one"), mask("two", "46,32")] == [
+        False,
+        True,
+        True,
+    ]  # nothing is painted in `one`
+    made = Subject.open(tmp_path / "two").manifest.references[0]
+    assert (f" --inpainter {own} " in mask_command(photo, made, tmp_path / "two")) == (own is not None)
+
+
+def test_what_the_hub_keeps_is_known_by_its_name_and_all_else_by_its_bytes(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "its-hash").write_bytes(b"")
+    (tmp_path / "kept").symlink_to(tmp_path / "blobs" / "its-hash")
+    (tmp_path / "own").write_bytes(b"abc")
+    assert _named(tmp_path / "kept") == "its-hash"
+    assert _named(tmp_path / "own") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_tuning_is_done_again_once_the_clip_pair_has_changed_unless_its_record_does_not_tell(tiny_folder, tmp_path):
+    base, root = shutil.copytree(tiny_folder, tmp_path / "base"), tmp_path / "it"
+    stages.mask(tiny.photo(tmp_path / "p.png"), ["18,32"], [], root, "thing", family=load(str(base), "cpu"))
+    tune = functools.partial(stages.finetune, root, steps=1)
+    assert (
+        not tune(family=load(str(base), "cpu")).unchanged and tune(family=load(str(base), "cpu", "bfloat16")).unchanged
+    )
+    shifted(base / "clip/model.safetensors")
+    assert not tune(family=load(str(base), "cpu")).unchanged
+    subject = Subject.open(root)
+    del subject.manifest.finetune.settings["vision_fingerprint"]  # as it was before p3s told
+    with subject.changing():
+        pass
+    shifted(base / "clip/model.safetensors")
+    assert tune(family=load(str(base), "cpu")).unchanged
+
+
+def test_what_is_to_be_the_same_every_time_is_not_recorded_as_a_cuda_graph(tiny_family, tmp_path, monkeypatch):
+    """Whether a recording counts depends on the clock."""
+    root, heard = tmp_path / "it", []
+    stages.mask(tiny.photo(tmp_path / "p.png"), ["18,32"], [], root, "thing", family=tiny_family)
+    fit, draw = P3S.fit, generating.draw
+    monkeypatch.setattr(P3S, "fit", lambda *a: heard.append(a[1].config.captured) or fit(*a))
+    monkeypatch.setattr(generating, "draw", lambda *a: heard.append(a[0].sampling.captured) or draw(*a))
+    for exactly in (True, False):
+        stages.finetune(root, steps=1, deterministic=exactly, force=True, family=tiny_family)
+        generate(root, tiny_family, "a [V] thing", steps=1, deterministic=exactly, force=True)
+    assert heard == [False, False, True, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,10 @@ def evaluate(
             check and (names or subjects or shard or points or fast),
             "--self-check scores every subject's real photos; leave out --method, --subject, --shard, --points and --fast",
         ),
+        (
+            check and (common.get("n") or common.get("seed") or common.get("dtype", "auto") != "auto"),
+            "--self-check draws nothing, and its readers are in float32; leave out -n, --seed and --dtype",
+        ),
     ):
         if unheeded:
             raise InputError(sentence)
@@ -89,7 +94,7 @@ def evaluate(
         raise InputError("name the DreamBench folder: p3s eval --bench dreambench PATH")
     where = dict(work=output or _DREAMBENCH_WORK, model=model or "sd15", protocol_name=protocol or "dreambooth")
     if check:
-        return self_check(target, device=common["device"], on_progress=on_progress, **where)
+        return self_check(target, device=common.get("device", "auto"), on_progress=on_progress, **where)
     return evaluate_dreambench(target, names=names, subjects=subjects, shard=shard, points=points, **where, **common)
 
 
@@ -155,6 +160,9 @@ def evaluate_world(
     Two calibration lines stand beside the methods: true pictures of the chosen subject, and of its look-alike.
     `n` images of each prompt, 4 or with `quick` 2; `fast` as in `generate`, for every method; `shard` i/n takes every n-th scene (`shards.py`). `strengths` beside 1 become points of each method's curve in `trade-off.png`.
     """
+    for strength in strengths:
+        if not 0 <= strength < math.inf:
+            raise InputError(f"{strength} is no strength; give --strength as a number that is 0 or more")
     root, family = Path(work), load(model, device, dtype)
     judge = Judge(protocols.protocol(family.profile.protocol), family.folder, family.device)
     if ablate:
@@ -242,8 +250,13 @@ def self_check(
     """Real photos against the other real photos of each subject: what a perfect generator would score.
 
     For DreamBench under `dreambooth`, published tables have about 0.774 (DINO) and 0.885 (CLIP-I).
+    Raises InputError for a subject of one photo.
     """
     sitters, chosen = dreambench.read(Path(path)), protocols.protocol(protocol_name)
+    if alone := next((s for s in sitters if len(s.photos) == 1), None):
+        raise InputError(
+            f"{alone.photos[0]} is the one photo of {alone.name}, with no other to compare it with; add one, or remove its folder"
+        )
     family = load(model, device)
     with writing(Path(work), "p3s eval"):
         run = Run(Path(work), family, Judge(chosen, family.folder, family.device), Plan(), on_progress or silent)

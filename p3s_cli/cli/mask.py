@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from p3s_cli.cli.app import app
-from p3s_cli.cli.shared import Deterministic, Device, Dtype, Force, Json, Seed, run_stage
+from p3s_cli.cli.shared import Deterministic, Device, Dtype, Force, Json, Seed, given, run_stage
+from p3s_cli.errors import InputError
 
 
 @app.command()
 def mask(
+    context: typer.Context,
     photos: Annotated[
         list[Path], typer.Argument(help="JPEG, PNG or WebP with the subject in it; several with --points.")
     ],
@@ -28,13 +30,17 @@ def mask(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Subject directory; default ./<photo>/. An existing one gets another reference."
+            "--output",
+            "-o",
+            help="Subject directory; default ./<photo>/. An existing one gets another reference. With --grid, the picture.",
         ),
     ] = None,
     class_word: Annotated[
         str | None, typer.Option("--class", help="What the subject is, such as dog; guessed with CLIP if left out.")
     ] = None,
-    grid: Annotated[bool, typer.Option("--grid", help="Only write the photo under a coordinate grid.")] = False,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Only write the photo under a coordinate grid, with no other option but -o.")
+    ] = False,
     maps: Annotated[bool, typer.Option("--maps", help="Also write the similarity maps as a picture.")] = False,
     model: Annotated[
         str | None,
@@ -61,9 +67,8 @@ def mask(
     from p3s_cli import stages
 
     if grid:
-        run_stage(
-            lambda on_progress: [stages.grid(p) for p in photos], as_json, lambda made: [f"look at {p}" for p in made]
-        )
+        others = given(context, but=("photos", "grid", "output", "as_json"))
+        run_stage(_grids, as_json, _show_grids, photos=photos, output=output, others=others)
         return
     common = dict(
         model=model,
@@ -84,6 +89,18 @@ def mask(
         run_stage(
             stages.mask_many, as_json, _show_masks, photos=photos, points=points, output=output, **clicks, **common
         )
+
+
+def _grids(photos: list[Path], output: Path | None, others: list[str], on_progress: Any) -> list[Path]:
+    from p3s_cli import stages
+
+    if others:
+        raise InputError(f"--grid only draws a grid; leave out {' and '.join(others)}, or --grid itself")
+    return stages.grid_many(photos, output)
+
+
+def _show_grids(made: list[Path]) -> list[str]:
+    return [f"look at {p}" for p in made]
 
 
 def _show_masks(results: list[Any]) -> list[str]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is half precision on CUDA.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**53, help="Seed of everything random in this stage.")]
 Memory = Annotated[str, typer.Option(help="Memory profile: auto, 24, 16, 12 or 8 (GB).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, an object or a list.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing has changed.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="The same bits every time on CUDA too; slower.")]
 Compile = Annotated[
@@ -28,6 +28,13 @@ Compile = Annotated[
 ]
 SubjectDir = Annotated[Path, typer.Argument(help="Subject directory made by `p3s mask`.")]
 OtherModel = Annotated[str | None, typer.Option(help="Another base than the one the subject names.")]
+
+
+def given(context: typer.Context, but: Sequence[str]) -> list[str]:
+    """The options that the command line names, as it may spell them, without these."""
+    options = {p.name: p.opts[0] for p in context.command.params if p.name not in but}
+    sources = {option: context.get_parameter_source(name or "") for name, option in options.items()}
+    return [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from p3s_cli.atomic import read_text
 from p3s_cli.errors import InputError
 
 _INDEX = "prompts_and_classes.txt"
@@ -30,7 +31,10 @@ def read(folder: Path, subjects: Sequence[str] | None = None) -> list[Sitter]:
     index = folder / _INDEX
     if not index.is_file():
         raise InputError(f"{folder} is not the DreamBench folder (it has no {_INDEX}); give its dataset/ folder")
-    text = index.read_text(encoding="utf-8")
+    try:
+        text = read_text(index)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{index} cannot be read ({error}); restore it as it was published") from error
     classes = dict(re.findall(r"^(\w+),([\w ]+?)\s*$", text.split("Prompts")[0], re.MULTILINE))
     classes.pop("subject_name", None)
     objects, live = _prompt_lists(text)

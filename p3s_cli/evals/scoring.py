@@ -9,12 +9,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from p3s_cli.errors import InputError
 from p3s_cli.evals import protocols
 from p3s_cli.evals.kinds import KINDS, Pictures, Shown
 from p3s_cli.evals.models import LabelReader, MetricModel
 from p3s_cli.evals.protocols import Metric
 from p3s_cli.evals.scores import Row
 from p3s_cli.evals.truth import Result, Truth
+from p3s_cli.sd import hub
 
 
 class Judge:
@@ -36,8 +38,20 @@ class Judge:
 
     def load(self) -> None:
         """Load every model now. Raises InputError for one that is not at hand."""
+        self._check_own()
         for model in self.models.values():
             model.load()
+
+    def _check_own(self) -> None:
+        """Raises InputError if the protocol is another family's: a place in its folder is not to be fetched from anywhere."""
+        if all(hub.is_id(hub.split(where)[0]) for where, _ in self.protocol.models.values()):
+            return
+        absent = next((place for place, _ in self._places.values() if not Path(place).is_dir()), None)
+        if absent:
+            raise InputError(
+                f"the protocol {self.protocol.name} judges by models in its own family's folder, and that of this base has no "
+                f"{absent}; choose another --protocol, such as dreambooth"
+            )
 
     @cached_property
     def reader(self) -> LabelReader:

@@ -7,7 +7,7 @@ changed (unless `force`), and reports through `on_progress(what, done, total)`. 
 from p3s_cli.stages.clicks import PhotoClicks, read_clicks
 from p3s_cli.stages.generating import GenerateResult, generate
 from p3s_cli.stages.many import Failed, finetune_many, read_jobs
-from p3s_cli.stages.masking import MaskResult, grid, mask, mask_many
+from p3s_cli.stages.masking import MaskResult, grid, grid_many, mask, mask_many
 from p3s_cli.stages.progress import Progress
 from p3s_cli.stages.reference import Truth
 from p3s_cli.stages.sharing import ExportResult, ImportResult, export_subject, import_subject
@@ -28,6 +28,7 @@ __all__ = [
     "finetune_many",
     "generate",
     "grid",
+    "grid_many",
     "import_subject",
     "mask",
     "mask_many",

@@ -90,38 +90,47 @@ def resolve_points(points: Sequence[str | tuple[float, float]], width: int, heig
             kind, x, y = parse_point(point)
             x, y = (x * (width - 1), y * (height - 1)) if kind == "fraction" else (x, y)
         else:
-            x, y = _numbers(point, 2, "a point; give (x, y)")
-        if not (0 <= x < width and 0 <= y < height):
-            near = [
-                str(min(max(round(v), 0), n - 1)) if abs(v) < 1e9 else str(n // 2) for v, n in ((x, width), (y, height))
-            ]
-            raise InputError(
-                f"the point {x:g},{y:g} lies outside the image, which is {width} wide and {height} high; give x in 0-{width - 1}, y in 0-{height - 1}, such as {','.join(near)}"
-            )
-        resolved.append((x, y))
+            x, y = _pixels(point, 2, "a point; give (x, y)")
+        resolved.append(_inside(x, y, width, height))
     return resolved
+
+
+def _inside(x: float, y: float, width: int, height: int) -> tuple[float, float]:
+    if not (0 <= x < width and 0 <= y < height):
+        near = [
+            str(min(max(round(v), 0), n - 1)) if abs(v) < 1e9 else str(n // 2) for v, n in ((x, width), (y, height))
+        ]
+        raise InputError(
+            f"the point {x:g},{y:g} lies outside the image, which is {width} wide and {height} high; give x in 0-{width - 1}, y in 0-{height - 1}, such as {','.join(near)}"
+        )
+    return x, y
 
 
 def resolve_box(box: str | Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
     """`X0,Y0,X1,Y1`, two corners written like points -> pixels. Raises InputError if it is no box of the image."""
     wanted = "a box; write X0,Y0,X1,Y1, such as 40,60,210,300"
-    parts = box.split(",") if isinstance(box, str) else _numbers(box, 4, wanted)
-    if len(parts) != 4:
-        raise InputError(f"{box!r:.80} is not {wanted}")
-    corners = (
-        [",".join(parts[:2]), ",".join(parts[2:])] if isinstance(box, str) else [tuple(parts[:2]), tuple(parts[2:])]
-    )
-    (x0, y0), (x1, y1) = resolve_points(corners, width, height)
+    if isinstance(box, str):
+        parts = box.split(",")
+        if len(parts) != 4:
+            raise InputError(f"{box!r:.80} is not {wanted}")
+        (x0, y0), (x1, y1) = resolve_points([",".join(parts[:2]), ",".join(parts[2:])], width, height)
+    else:
+        numbers = _pixels(box, 4, wanted)
+        (x0, y0), (x1, y1) = (_inside(*corner, width, height) for corner in (numbers[:2], numbers[2:]))
     if x0 >= x1 or y0 >= y1:
         raise InputError(f"the box {box} is empty; give its left top corner first, then its right bottom one")
     return x0, y0, x1, y1
 
 
-def _numbers(values: Sequence[float], count: int, what: str) -> list[float]:
+def _pixels(values: Sequence[float], count: int, what: str) -> list[float]:
+    """Numbers that are no text. Raises InputError for fractions, which as numbers would be pixels of the corner."""
     try:
         numbers = [float(v) for v in values]
     except (TypeError, ValueError, OverflowError):
         numbers = []
     if len(numbers) != count:
         raise InputError(f"{values!r:.80} is not {what}")
+    if all(0 <= v <= 1 for v in numbers) and not all(v.is_integer() for v in numbers):
+        written = ",".join(map(str, numbers))
+        raise InputError(f"numbers are pixels, and {values!r:.80} reads as fractions; write those as text, '{written}'")
     return numbers

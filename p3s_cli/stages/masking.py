@@ -18,7 +18,7 @@ from p3s_cli.lock import writing
 from p3s_cli.sd import images, text
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
-from p3s_cli.sd.profile import located
+from p3s_cli.sd.profile import find, located
 from p3s_cli.stages import reference as work
 from p3s_cli.stages.clicks import PhotoClicks, read_clicks, twice
 from p3s_cli.stages.progress import Progress, silent
@@ -102,7 +102,10 @@ def mask(
             options["truth"] = digest(truth.subject.tolist(), truth.negative.tolist())
         if not inpaint:
             options["inpaint"] = False
-        stage = Stage(inputs=subject.mask_inputs(reference, options), settings=options, seed=seed, artifacts={})
+        if family.profile.inpainter != find(family.source).inpainter:
+            options["inpainter_chosen"] = True
+        fills = inpaint and bool(clicks.negative or truth is not None)
+        stage = _stage(subject, reference, options, seed, family if fills else None)
         renamed = _rename(subject, class_word) if class_word else []
         unchanged = not force and subject.holds(reference.mask, stage, reference.mask_file, _Made)
         with subject.changing() as folder:
@@ -110,6 +113,8 @@ def mask(
                 report("finding the masks", 1, 3)
                 made = work.make(family, tower, picture, clicks, mask_config, seed, truth, inpaint)
                 report("writing", 2, 3)
+                # once more, as what fills in may have been fetched only now
+                stage = _stage(subject, reference, options, seed, family if fills else None)
                 reference.mask = work.write(folder, reference, picture, made, stage)
                 _guess(subject, family, picture, made)
         report("done", 3, 3)
@@ -128,6 +133,13 @@ def _base(subject: Subject | None, model: str | None) -> str:
             "make another subject with -o"
         )
     return subject.manifest.model
+
+
+def _stage(subject: Subject, reference: Reference, options: dict, seed: int, filling: Family | None) -> Stage:
+    """The record of a mask that is yet to be made; `filling` is whose models fill in for a look-alike, if there is one."""
+    weights = work.filler_fingerprint(filling) if filling else None
+    options = options | ({"inpainter_fingerprint": weights} if weights else {})
+    return Stage(inputs=subject.mask_inputs(reference, options), settings=options, seed=seed, artifacts={})
 
 
 def _rename(subject: Subject, class_word: str) -> list[str]:
@@ -256,9 +268,21 @@ def _naming(photo: Path) -> Iterator[None]:
 def grid(photo: Path | str, output: Path | str | None = None) -> Path:
     """Write the upright photo under a labelled coordinate grid, for choosing points without a mouse.
 
-    Returns the picture's path, `<stem>-grid.png` in the current folder by default.
+    Returns the picture's path, `<stem>-grid.png` in the current folder by default. Raises InputError where that is the
+    photo itself.
     """
     photo = Path(photo)
     path = Path(output) if output else Path(f"{photo.stem}-grid.png")
+    if path.exists() and photo.exists() and path.samefile(photo):
+        raise InputError(f"the grid would take the place of {photo} itself; name another file with --output")
     images.save_png(path, pictures.coordinate_grid(images.load_image(photo)))
     return path
+
+
+def grid_many(photos: Sequence[Path | str], output: Path | str | None = None) -> list[Path]:
+    """`grid` for several photos. Raises InputError for two that would be one picture, and for several with one `output`."""
+    if output is not None and len(photos) > 1:
+        raise InputError("several photos make several grids; leave out --output, or give one photo")
+    if output is None and (stem := twice(Path(p).stem for p in photos)):
+        raise InputError(f"two of the photos would be {stem}-grid.png; give one of them by itself, with -o")
+    return [grid(photo, output) for photo in photos]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from p3s_cli import config as settings
 from p3s_cli import methods
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
-from p3s_cli.methods.base import Lesson
+from p3s_cli.methods.base import Lesson, Method
 from p3s_cli.methods.memory import choose, within
 from p3s_cli.sd.base import check_base
 from p3s_cli.sd.determinism import exact
@@ -23,9 +24,11 @@ from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import save_tensors
 from p3s_cli.stages.progress import Progress, silent
+from p3s_cli.stages.reference import fingerprint
 from p3s_cli.subject import CONTROL, Stage, Subject, digest, hashes
 
 _CHECKPOINT = "control/.checkpoint-"
+_SEEN_BY = "vision_fingerprint"  # the setting that tells the CLIP pair's weights
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ def finetune(
     missing or stale.
     """
     report, teacher = on_progress or silent, methods.get(method)
+    if lr is not None and not 0 <= lr < math.inf:
+        raise InputError(f"{lr} is no learning rate; give --lr as a number that is 0 or more, such as 1e-4")
+    _check_heeded(teacher, preset != "default" or control is not None, memory != "auto", vision != "clip", compiled)
     subject = Subject.open(Path(subject_dir))
     subject.check_masks()
     report("loading the models", 0, 1)
@@ -84,19 +90,15 @@ def finetune(
         raise InputError(
             f"memory profile {profile} trains in bfloat16, which a CPU cannot mix with float16; use --dtype bfloat16"
         )
-    config = settings.FinetuneConfig(
-        control or settings.preset(preset)[1], steps, lr, seed=seed, memory=saving, compiled=compiled, captured=True
-    )
+    # whether a CUDA recording counts is judged by the clock, too, and it rounds otherwise than the step itself
+    how = dict(memory=saving, compiled=compiled, captured=not deterministic)
+    config = settings.FinetuneConfig(control or settings.preset(preset)[1], steps, lr, seed=seed, **how)
     recipe = teacher.recipe(family.profile, config)
-    if (preset != "default" or control) and "preset" not in teacher.heeds:
-        raise InputError(f"{method} has no use for --preset, which is p3s's; leave that out")
-    if compiled and "compiled" not in teacher.heeds:
-        raise InputError(f"{method} has no step to compile; leave out --compile")
-    options = _options(method, recipe, memory, family)
+    options = _options(teacher, recipe, memory, family)
     inputs = subject.finetune_inputs(family.fingerprint)
     wanted = Stage(inputs=inputs, settings=options, seed=seed, artifacts={})
     run = f"{_CHECKPOINT}{inputs[:8]}-{digest(options, seed)[:16]}"  # and the memory profile it came to
-    if not force and subject.holds(subject.manifest.finetune, wanted, CONTROL, _Made):
+    if not force and subject.holds(subject.manifest.finetune, _as_told(wanted, subject), CONTROL, _Made):
         return _result(subject, recipe.steps, subject.tuned(), True, _tidy(subject, inputs, run))
     numbers: dict[str, float] = {}
 
@@ -121,14 +123,43 @@ def finetune(
     return _result(subject, recipe.steps, subject.manifest.finetune, False, _tidy(subject, inputs, run))
 
 
-def _options(method: str, recipe: Any, memory: str, family: Family) -> dict[str, Any]:
+def _check_heeded(teacher: Method, preset: bool, memory: bool, vision: bool, compiled: bool) -> None:
+    """Raises InputError if the method is asked for what it would not heed; what sees references does so through `vision`."""
+    options = ("preset", preset, "preset"), ("memory", memory, "memory"), ("vision", vision, "references")
+    for option, asked, heed in options:
+        if asked and heed not in teacher.heeds:
+            raise InputError(f"{teacher.name} has no use for --{option}, which is p3s's; leave that out")
+    if compiled and "compiled" not in teacher.heeds:
+        raise InputError(f"{teacher.name} has no step to compile; leave out --compile")
+
+
+def _options(teacher: Method, recipe: Any, memory: str, family: Family) -> dict[str, Any]:
     """Everything that decides what is learnt, as the manifest holds it."""
     config = settings.as_settings(recipe)
     # how a machine got there is no reason to tune again, only which memory profile was asked for
     for how in ("memory", "compiled", "captured"):
         config.pop(how, None)
     base = {"base_fingerprint": family.fingerprint, "base": family.source, "vision": family.profile.clip}
-    return {"method": method, "config": config, "memory": memory} | base
+    weights = _clip_fingerprint(family) if "references" in teacher.heeds else None
+    seen = {_SEEN_BY: weights} if weights else {}
+    return {"method": teacher.name, "config": config, "memory": memory} | base | seen
+
+
+def _clip_fingerprint(family: Family) -> str | None:
+    """Of the CLIP pair's files, which are the same in every precision; None for one that was made in memory."""
+    found = fingerprint(family.profile, "clip")
+    if found is None:
+        _ = family.vision  # is fetched
+        found = fingerprint(family.profile, "clip")
+    return found
+
+
+def _as_told(wanted: Stage, subject: Subject) -> Stage:
+    """The same as far as the subject's record tells: an older one names its CLIP pair, and does not say which weights it had."""
+    done = subject.manifest.finetune
+    if done is None or _SEEN_BY in done.settings:
+        return wanted
+    return wanted.model_copy(update={"settings": {n: v for n, v in wanted.settings.items() if n != _SEEN_BY}})
 
 
 def _halves(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from p3s_cli.benches import shards
+from p3s_cli.benches.evaluate import self_check
 from p3s_cli.cli import app
 from p3s_cli.errors import InputError
 from p3s_cli.evals import dreambench
@@ -65,6 +66,18 @@ def test_shards_without_subjects_and_subjects_without_photos_are_refused(folder)
         photo.unlink()
     with pytest.raises(InputError, match="holds no photos of its subjects; put them where .*red_ball should be"):
         dreambench.read(folder)
+
+
+def test_an_index_that_is_no_text_is_refused(folder):
+    (folder / "prompts_and_classes.txt").write_bytes(b"\xff\xfe" + INDEX.encode("utf-16-le"))
+    with pytest.raises(InputError, match=r"prompts_and_classes\.txt cannot be read .*; restore it"):
+        dreambench.read(folder)
+
+
+def test_one_photo_has_no_other_to_be_checked_against(folder, tmp_path):
+    (folder / "old_dog/01.jpg").unlink()
+    with pytest.raises(InputError, match=r"00\.jpg is the one photo of old_dog, with no other to compare it with"):
+        self_check(folder, tmp_path / "work")
 
 
 def test_what_is_no_dreambench_is_refused(folder, tmp_path_factory):

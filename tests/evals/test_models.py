@@ -13,6 +13,7 @@ import p3s_cli
 from p3s_cli.errors import InputError
 from p3s_cli.evals.models import LabelReader, MetricModel, Preprocessing
 from p3s_cli.evals.protocols import protocol
+from p3s_cli.evals.scoring import Judge
 from p3s_cli.world.readers import LABELS, build_identity_encoder, build_label_reader
 
 
@@ -108,3 +109,14 @@ def test_weights_that_a_folder_lacks_are_never_made_up(tmp_path):
     build_identity_encoder().save_pretrained(tmp_path)  # a trunk without a head is no reader of labels
     with pytest.raises(InputError, match="classifier"):
         LabelReader(str(tmp_path), protocol("world").models["labels"][1])
+
+
+def test_a_protocol_of_another_family_is_no_matter_of_fetching(tiny_folder):
+    """Its readers lie in that family's folder, and nowhere on the hub."""
+    for folder in (tiny_folder, None):
+        with pytest.raises(
+            InputError, match="protocol world judges by models in its own family's folder.*another --protocol"
+        ):
+            Judge(protocol("world"), folder).load()
+    with pytest.raises(InputError, match="with `p3s fetch dreambooth`"):
+        Judge(protocol("dreambooth"), tiny_folder).load()
