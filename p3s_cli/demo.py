@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from p3s_cli import pictures, stages
+from p3s_cli.errors import InputError
 from p3s_cli.evals.metrics import intersection_over_union, nearer
 from p3s_cli.evals.models import MetricModel
 from p3s_cli.evals.protocols import protocol
@@ -36,13 +37,15 @@ def demo(
 ) -> dict[str, Any]:
     """Draw two look-alikes, point at one, tune, generate eight images over four prompts (`fast`), and judge them.
 
+    Each seed has a photo, a subject directory and a sheet of its own. Raises InputError if the directory holds another photo.
     Returns `{"seconds": ..., "mask_iou": ..., "selective": {"right", "of"}, "sheet"}`; `selective` counts
     the images that the family's identity encoder finds nearer to true pictures of the chosen subject than of the other.
     """
     report, root = on_progress or (lambda what, done, total: None), Path(directory)
     scene = lookalike_scene(_SCENE + seed)
     pixels, true_masks = render([scene], size=PHOTO_SIZE)
-    photo, subject_dir = root / "reference.png", root / "subject"
+    photo, subject_dir, sheet = _places(root, seed)
+    _check_photo(subject_dir, images.to_pil(pixels[0]))
     images.save_png(photo, images.to_pil(pixels[0]))
     chosen, other = scene.subjects
     family = load("world", device, dtype)
@@ -70,7 +73,6 @@ def demo(
     encoder = identity_encoder(family)
     results = encoder.images([images.load_image(p) for r in made for p in r.images])
     right = nearer(results, *(encoder.images(true_pictures(placed, seed)) for placed in (chosen, other)))
-    sheet = root / "sheet.png"
     _contact_sheet(sheet, photo, masked, made, right, scene)
     return {
         "seconds": clock.seconds | {"total": round(sum(clock.seconds.values()), 1)},
@@ -78,6 +80,21 @@ def demo(
         "selective": {"right": int(right.sum()), "of": len(right)},
         "sheet": str(sheet),
     }
+
+
+def _places(root: Path, seed: int) -> tuple[Path, Path, Path]:
+    """Photo, subject directory and sheet of this seed, which draws two individuals of its own."""
+    of = f"-{seed}" if seed else ""
+    return root / f"reference{of}.png", root / f"subject{of}", root / f"sheet{of}.png"
+
+
+def _check_photo(subject_dir: Path, photo: Image.Image) -> None:
+    """Raises InputError for a directory with another photo: one subject would be tuned on two individuals."""
+    for kept in sorted(subject_dir.glob("references/*/photo.png")):
+        if images.pixel_hash(images.load_image(kept)) != images.pixel_hash(photo):
+            raise InputError(
+                f"{kept} is not what this version of p3s draws for the demo; remove {subject_dir}, or name another folder"
+            )
 
 
 class _Clock:

@@ -47,6 +47,15 @@ def test_two_in_one_process_are_the_bytes_of_two_processes_and_load_the_base_onc
     assert (home / "two" / CONTROL).read_bytes() != (home / "one" / CONTROL).read_bytes()
 
 
+def test_a_base_named_by_a_relative_path_is_loaded_once_for_all(pair_of_subjects, tiny_folder, monkeypatch):
+    loads, load = [], many.load
+    monkeypatch.setattr(many, "load", lambda *args: loads.append(args) or load(*args))
+    monkeypatch.chdir(tiny_folder.parent)
+    named = {"model": f"./{tiny_folder.name}", "device": "cpu"}
+    results = stages.finetune_many([pair_of_subjects / "one", pair_of_subjects / "two"], steps=1, **named)
+    assert [r.steps for r in results] == [1, 1] and len(loads) == 1
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """Let what is compiled be run by this backend of dynamo, which generates no code unless told to."""

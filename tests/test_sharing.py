@@ -1,6 +1,8 @@
 """Export and import: sizes at SD v1-5's exact shape, exactness where it is due, and bases that do not fit."""
 
 import copy
+import json
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -9,17 +11,20 @@ import pytest
 import tiny
 import torch
 from diffusers import UNet2DConditionModel
+from typer.testing import CliRunner
 
 from p3s_cli import stages
+from p3s_cli.cli import app
 from p3s_cli.config import ControlConfig
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import writing
 from p3s_cli.methods import lowrank
 from p3s_cli.paper.model import P3SControl
-from p3s_cli.sd import images, single_file
+from p3s_cli.sd import family, images, single_file
 from p3s_cli.sd.family import load
-from p3s_cli.sd.weights import load_tensors, save_tensors
+from p3s_cli.sd.weights import load_metadata, load_tensors, save_tensors
 from p3s_cli.stages.sharing import FORMAT
+from p3s_cli.subject import CONTROL, Subject, hashes
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -187,6 +192,82 @@ def test_an_export_of_every_format_is_read(tmp_path, tiny_family):
         images_ = [load_tensors(r / "references/00/mask.safetensors")[0] for r in (root, GOLDEN / "schema-1")]
         assert all(torch.equal(images_[0][n], images_[1][n]) for n in ("subject", "negative", "inpainted", "latent"))
         stages.generate(root, "a [V] thing", n=1, steps=1, family=family)
+
+
+@pytest.fixture
+def moved(exported, tmp_path, tiny_folder):
+    """An export, and its base where the importer has it."""
+    return tmp_path / "good.p3s.safetensors", shutil.copytree(tiny_folder, tmp_path / "here/base")
+
+
+def test_an_import_remembers_where_the_base_and_its_clip_pair_lie_here(moved, tmp_path, tiny_folder):
+    """So that every later command finds them, and a tuning that is done is not done again."""
+    file, base = moved
+    root = stages.import_subject(
+        file, tmp_path / "in", model=str(base), vision=str(base / "clip"), device="cpu"
+    ).subject
+    manifest = Subject.open(root).manifest
+    assert (manifest.model, manifest.finetune.settings["base"]) == (str(base), str(base))
+    assert manifest.finetune.settings["vision"] == str(base / "clip")
+    assert stages.generate(root, "a [V] thing", n=1, steps=1, device="cpu").images
+    again = stages.finetune(root, steps=1, vision=str(base / "clip"), device="cpu")
+    assert again.unchanged
+    result = CliRunner().invoke(
+        app, ["import", str(file), "-o", str(tmp_path / "x"), "--model", str(base), "--vision", "nowhere"]
+    )
+    assert result.exit_code == 2 and "no CLIP tower is called 'nowhere'" in result.stderr
+
+
+def test_an_export_names_no_folder_of_its_maker_and_an_import_says_which_base_is_wanted(
+    exported, tmp_path, tiny_folder, monkeypatch
+):
+    file = tmp_path / "good.p3s.safetensors"
+    said = json.dumps(load_metadata(file))
+    assert str(tiny_folder.parent) not in said and f'"./{tiny_folder.name}"' in said
+    with pytest.raises(InputError, match=f"exporter's, {tiny_folder.name}, which is not here; name it with --model"):
+        stages.import_subject(file, tmp_path / "in", device="cpu")
+    monkeypatch.chdir(tiny_folder.parent)  # where it lies beside
+    made = stages.import_subject(file, tmp_path / "in", device="cpu")
+    assert Subject.open(made.subject).manifest.model == made.model == str(tiny_folder)
+
+
+@pytest.fixture(params=[("bfloat16", "float32"), ("float32", "bfloat16")], ids=" to ".join)
+def apart(request, tmp_path, tiny_folder):
+    """A subject whose control is the base, as its maker has that, and a difference of rank 2; both sides' families."""
+    theirs, ours = (load(str(tiny_folder), "cpu", dtype) for dtype in request.param)
+    root = tmp_path / "thing"
+    stages.mask(tiny.photo(tmp_path / "two.png"), [(18, 32)], [(46, 32)], root, "thing", family=theirs)
+    stages.finetune(root, steps=1, family=theirs)
+    (tensors, described), g = load_tensors(root / CONTROL), torch.Generator().manual_seed(0)
+    for n, tensor in tensors.items():
+        if lowrank.worthwhile(n, tensor.shape, 2):
+            rows, columns = tensor.flatten(1).shape
+            low = 0.01 * torch.randn(rows, 2, generator=g) @ torch.randn(2, columns, generator=g)
+            tensors[n] = (lowrank._start(n, tensor, theirs.unet) + low.view(tensor.shape)).half()
+    save_tensors(root / CONTROL, tensors, {k: v for k, v in described.items() if k != "schema"})
+    subject = Subject.open(root)
+    subject.manifest.finetune.artifacts = hashes(root, CONTROL)
+    with subject.changing():
+        pass
+    return root, theirs, ours
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_what_an_import_has_differs_by_the_error_that_the_export_told(apart, tmp_path, given, monkeypatch):
+    """Whatever precision each side has the base in: its rounding is no part of the difference."""
+    root, theirs, ours = apart
+    out = stages.export_subject(root, tmp_path / "x.p3s.safetensors", 2, family=theirs)
+    usual = str(ours.dtype).removeprefix("torch.")  # as if on a device of this precision
+    monkeypatch.setattr(family, "resolve_dtype", lambda n, d, f=family.resolve_dtype: f(usual if n == "auto" else n, d))
+    options = {"family": ours} if given else {"model": theirs.source, "device": "cpu"}
+    made = stages.import_subject(out.file, tmp_path / "in", **options).subject
+    (before, after), parts = (load_tensors(r / CONTROL)[0] for r in (root, made)), load_tensors(out.file)[0]
+    left = total = 0.0
+    for n, tensor in before.items():
+        if f"{n}.u" in parts:
+            left += (after[n].float() - tensor.float()).square().sum().item()
+            total += (tensor.float() - lowrank._start(n, tensor, theirs.unet)).square().sum().item()
+    assert (left / total) ** 0.5 == pytest.approx(out.error, rel=0.1) and out.error < 0.01
 
 
 def test_an_archive_is_no_subject(tmp_path, tiny_family):

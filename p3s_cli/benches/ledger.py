@@ -40,9 +40,14 @@ class Ledger:
     def of(self, kind: str, name: str) -> float | None:
         return next((found[kind][name] for found in self._known if name in found.get(kind, {})), None)
 
-    def mean(self, kind: str) -> float | None:
+    def elsewhere(self, kind: str, name: str) -> float | None:
+        """What another file says where this one says nothing."""
+        return None if name in self._numbers.get(kind, {}) else self.of(kind, name)
+
+    def mean(self, kind: str, own: bool = False) -> float | None:
+        """Over names; with `own`, of what this file says alone."""
         values: dict[str, float] = {}
-        for found in reversed(self._known):  # of what several files say, the run's own
+        for found in [self._numbers] if own else reversed(self._known):  # of what several files say, the run's own
             values |= found.get(kind, {})
         return sum(values.values()) / len(values) if values else None
 

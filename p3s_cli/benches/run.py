@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from p3s_cli import stages
@@ -71,9 +71,9 @@ def gather(
     return Outcome(table(rows, protocol), seconds, budget_of(ledger) if equal else None, equal)
 
 
-def budget_of(ledger: Ledger) -> float | None:
-    """Equal time: what P3S's own tuning took, in seconds."""
-    return ledger.mean(f"tune/{Entry('p3s').tuning}")
+def budget_of(ledger: Ledger, own: bool = False) -> float | None:
+    """Equal time: what P3S's own tuning took, in seconds; with `own`, on this desk."""
+    return ledger.mean(f"tune/{Entry('p3s').tuning}", own)
 
 
 class Run:
@@ -94,6 +94,7 @@ class Run:
         self.rows = Rows(self.desk / "scores.jsonl", [desk / "scores.jsonl" for desk in others])
         self._ledger = Ledger(self.desk / "measured.json", [desk / "measured.json" for desk in others])
         self._judged: set[tuple[str, ...]] = set()
+        self._files: dict[tuple[str, str, str, int, str], str] = {}  # by `_picture`: where it lies today
         judge.load()  # before hours of drawing, not after
 
     def evaluate(self, entries: Sequence[Entry], cases: Sequence[Case]) -> Outcome:
@@ -111,12 +112,17 @@ class Run:
             self._judged.add(key)
             return key in self.rows
 
+        for r in results:
+            self._files[method, case.name, r.prompt, r.seed, r.sha256] = str(r.path)
         self.rows.add(self.judge.judge(method, case.truth, results, known))
 
     @property
     def judged(self) -> list[Row]:
-        """The rows of what took part in this run; the file also keeps those of earlier points, settings and subsets."""
-        return [row for row in self.rows if row.key in self._judged]
+        """The rows of what took part in this run; the file also keeps those of earlier points, settings and subsets.
+
+        Each names its picture by today's path, wherever the row was made.
+        """
+        return [replace(row, file=self._files[_picture(row)]) for row in self.rows if row.key in self._judged]
 
     def outcome(self, entries: Sequence[Entry]) -> Outcome:
         return gather(self.judged, entries, self._ledger, self.judge.protocol, self.plan.pace)
@@ -167,13 +173,18 @@ class Run:
         return directory
 
     def _equal_steps(self, entry: Entry, case: Case, directory: Path) -> int | None:
-        """Steps that take this method as long as P3S took on average, its setup included; None for the published recipe."""
+        """Steps that take this method as long as P3S took on average, its setup included; None for the published recipe.
+
+        A desk's budget is its own mean, which nobody else moves; so what another counted for this case stays as well.
+        """
         if entry.budget == "published":
             return None
-        budget = budget_of(self._ledger)
+        kind, of = f"steps/{entry.tuning}", f"budget/{entry.tuning}"
+        if (settled := self._ledger.elsewhere(kind, case.name)) is not None:
+            return int(settled)
+        budget = budget_of(self._ledger, own=True) or budget_of(self._ledger)
         if budget is None:
             raise InputError("equal time is P3S's own, which this run has not measured; let p3s take part, first")
-        kind, of = f"steps/{entry.tuning}", f"budget/{entry.tuning}"
         known = self._ledger.of(kind, case.name) or self._ledger.mean(kind)
         then = self._ledger.of(of, case.name) or self._ledger.mean(of) or budget
         if known is None or abs(then / budget - 1) > _SAME_BUDGET:
@@ -181,6 +192,11 @@ class Run:
         for what, value in ((kind, int(known)), (of, then)):  # each case's own, for shards measure apart
             self._ledger.add(what, case.name, value)
         return int(known)
+
+
+def _picture(row: Row) -> tuple[str, str, str, int, str]:
+    """Which picture a row is about."""
+    return row.method, row.subject, row.prompt, row.seed, row.sha256
 
 
 def _copy_masked(source: Path, target: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -13,9 +13,11 @@ from p3s_cli import stages
 from p3s_cli.atomic import sha256
 from p3s_cli.benches.cases import Case, Prompt, first_finder
 from p3s_cli.benches.entries import References
+from p3s_cli.errors import InputError
 from p3s_cli.evals.truth import Result, Truth
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
+from p3s_cli.subject import Subject
 from p3s_cli.world import seeds
 from p3s_cli.world.readers import BARE
 from p3s_cli.world.render import click, render
@@ -59,16 +61,21 @@ def cases(folder: Path, family: Family, numbers: Iterable[int], seed: int = 0, q
 
 
 def _show(folder: Path, name: str, scene: Scene, number: int, family: Family, references: References) -> Path:
-    """The subject directory of a case, masked as asked; further photos show the same two elsewhere."""
+    """The subject directory of a case, masked as asked; further photos show the same two elsewhere.
+
+    Raises InputError if it holds other photos.
+    """
     directory = folder / "-".join(filter(None, (name, references.name)))
     scenes = [
         scene,
         *(again(scene, seeds.BENCH_PHOTOS + 10 * (number - seeds.BENCH) + k) for k in range(1, references.photos)),
     ]
     pixels, masks = render(scenes, size=PHOTO_SIZE)
+    photos = [images.to_pil(one) for one in pixels]
+    _check_photos(directory, photos)
     for k in range(references.photos):
         photo = folder / f"{name}{f'-{k}' if k else ''}.png"
-        images.save_png(photo, images.to_pil(pixels[k]))
+        images.save_png(photo, photos[k])
         subject, other = masks[k, 0], masks[k, 1]
         stages.mask(
             photo,
@@ -82,6 +89,18 @@ def _show(folder: Path, name: str, scene: Scene, number: int, family: Family, re
             family=family,
         )
     return directory
+
+
+def _check_photos(directory: Path, photos: Sequence[Image.Image]) -> None:
+    """Raises InputError for a case with other photos, which these would be added to: hours of work may hang on it."""
+    if not Subject.exists(directory):
+        return
+    drawn = {images.pixel_hash(photo) for photo in photos}
+    if any(r.photo_sha256 not in drawn for r in Subject.open(directory).manifest.references):
+        raise InputError(
+            f"{directory} has a photo that this version of p3s draws otherwise; remove that directory to begin the case "
+            "anew, or name another folder for the benchmark"
+        )
 
 
 def _truth(directory: Path, family: Family, scene: Scene, number: int) -> Truth:

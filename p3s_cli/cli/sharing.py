@@ -41,7 +41,10 @@ def import_(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Subject directory to make; default the file's name.")
     ] = None,
-    model: OtherModel = None,
+    model: Annotated[str | None, typer.Option(help="Where the base lies here, if not where the file says.")] = None,
+    vision: Annotated[
+        str | None, typer.Option(help="Where the CLIP pair of its tuning lies here, if not where the file says.")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -52,4 +55,5 @@ def import_(
         prompt = f'p3s generate {quote(str(result.subject))} "a [V] {result.class_word}"'
         return [f"{result.subject}: class {result.class_word}; now: {prompt}"]
 
-    run_stage(stages.import_subject, as_json, show, file=file, output=output, model=model, device=device)
+    arguments = dict(file=file, output=output, model=model, vision=vision, device=device)
+    run_stage(stages.import_subject, as_json, show, **arguments)

@@ -2,7 +2,8 @@
 
     W = W_0 + U diag(s) V,   U (m, r), V (r, n): the r largest singular directions of W - W_0
 
-W_0 is the frozen layer a weight of the copy was initialised from, and zero for the zero convolutions.
+W_0 is the frozen layer a weight of the copy was initialised from, and zero for the zero convolutions. It is taken in the
+precision it was split in: rounding it to bfloat16 may move it by more than the factors leave out.
 Convolutions are matrices (out, in * k * k). The factors are in eight bits, each column of U and row of V in steps of its
 own, and s (r,) is the product of the two steps: at the same size, twice the rank of sixteen bits says more.
 Vectors, matrices that this would not make smaller, and the little RNGR encoder, which begins at random, are kept whole.
@@ -56,26 +57,29 @@ def layout(
 
 
 def join(
-    parts: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], unet: UNet2DConditionModel
+    parts: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    unet: UNet2DConditionModel,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """The control's tensors again, fp16. `shapes`: of each of them by name."""
+    """The control's tensors again, fp16. `shapes`: of each of them by name; `dtype`: of the base they were split from,
+    to which this one, which must then be no coarser, is rounded."""
     tensors = {}
     for name, shape in shapes.items():
         if f"{name}.u" in parts:
             difference = _product(parts, name).view(shape)
         else:
             difference = parts[name].float().view(shape)
-        tensors[name] = (_start(name, difference, unet) + difference).half()
+        tensors[name] = (_start(name, difference, unet, dtype) + difference).half()
     return tensors
 
 
-def _start(name: str, like: Tensor, unet: UNet2DConditionModel) -> Tensor:
-    """What training began with: the frozen layer's weight for the copy, nothing for the rest."""
+def _start(name: str, like: Tensor, unet: UNet2DConditionModel, dtype: torch.dtype | None = None) -> Tensor:
+    """What training began with: the frozen layer's weight for the copy, in this dtype; nothing for the rest."""
     if not name.startswith(_COPY):
         return torch.zeros_like(like, dtype=torch.float32)
-    return (
-        unet.get_parameter(frozen_name(name.removeprefix(_COPY), unet.config.layers_per_block)).float().to(like.device)
-    )
+    frozen = unet.get_parameter(frozen_name(name.removeprefix(_COPY), unet.config.layers_per_block))
+    return frozen.to(dtype or frozen.dtype).float().to(like.device)
 
 
 def _in_eight_bits(matrix: Tensor, rank: int) -> dict[str, Tensor]:

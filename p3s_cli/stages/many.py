@@ -10,6 +10,7 @@ from typing import Any
 from p3s_cli.atomic import read_text
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.sd.family import Family, load
+from p3s_cli.sd.profile import located
 from p3s_cli.stages.progress import Progress, silent
 from p3s_cli.stages.tuning import FinetuneResult, finetune
 from p3s_cli.subject import Subject
@@ -61,7 +62,7 @@ def finetune_many(
     for number, folder in enumerate(map(Path, subject_dirs), 1):
         tell = _numbered(report, number, len(subject_dirs), folder)
         try:
-            wanted = model or Subject.open(folder).manifest.model
+            wanted = located(model or Subject.open(folder).manifest.model)
             if family is None or family.source != wanted:
                 family = None  # the one before is let go first
                 family = load(wanted, device, dtype, vision)

@@ -2,6 +2,7 @@
 
 The file is safetensors with a JSON description. It holds the control, in fp16 or as a low-rank difference
 to its base, and of each reference what drawing needs: the inpainted pixels and the mask; never the photo.
+Of a model that is a file or folder of the exporter's it has the name only, `./name`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def export_subject(
     error = lowrank.error(tensors, parts, family.unet)
     for i, mask in enumerate(masks):
         parts |= {f"reference/{i}/{n}": _packed(t) if t.dtype == torch.uint8 else t for n, t in mask.items()}
-    described = _description(subject, None if full else rank)
+    described = _description(subject, None if full else rank, family.dtype)
     save_tensors(file, parts, described)
     return ExportResult(subject.root, file, file.stat().st_size, described["rank"], error)
 
@@ -106,32 +107,44 @@ def _check_free(file: Path, root: Path) -> None:
             ) from error
 
 
-def _description(subject: Subject, rank: int | None) -> dict[str, Any]:
-    """What goes beside the tensors; `_Exported` reads it."""
+def _description(subject: Subject, rank: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What goes beside the tensors; `_Exported` reads it. `dtype`: of the base that the control is told from."""
     tuned, references = subject.tuned(), subject.manifest.references
     return {
         "format": FORMAT,
         "rank": rank,
+        "base_dtype": str(dtype).removeprefix("torch."),
         "class_word": subject.manifest.class_word,
         "identifier": subject.manifest.identifier,
-        "model": subject.manifest.model,
-        "finetune": tuned.settings,
+        "model": _placeless(subject.manifest.model),
+        "finetune": _placeless(tuned.settings),
         "seed": tuned.seed,
         "result": tuned.result,
-        "references": [r.model_dump(exclude={"mask"}) | {"mask": r.mask.settings} for r in references if r.mask],
+        "references": [
+            r.model_dump(exclude={"mask"}) | {"mask": _placeless(r.mask.settings)} for r in references if r.mask
+        ],
     }
+
+
+def _placeless(value: Any) -> Any:
+    """The same without the folders of this machine; `./name` is no name of a family, nor of its own CLIP."""
+    if isinstance(value, dict):
+        return {name: _placeless(each) for name, each in value.items()}
+    return f"./{Path(value).name}" if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def import_subject(
     file: Path | str,
     output: Path | str | None = None,
     model: str | None = None,
+    vision: str | None = None,
     device: str = "auto",
     family: Family | None = None,
     on_progress: Progress | None = None,
 ) -> ImportResult:
     """Make a subject directory, ready to generate, of an exported file; default its name without the ending.
 
+    `model` and `vision` say where the base and the CLIP pair of its tuning lie here, if not where the file says.
     Raises InputError if the file is no export, the directory exists, or the base is not the one the
     subject was tuned on, which its fingerprint tells.
     """
@@ -141,17 +154,17 @@ def import_subject(
     if root.exists() and not unfinished(root):
         raise InputError(f"{root} exists already; name another directory with --output")
     report("loading the models", 0, 1)
-    tuned = described.finetune
-    family = family or load(model or tuned["base"], device, vision=tuned.get("vision"))
-    theirs, ours = tuned["base_fingerprint"], family.fingerprint
+    family = family or _base(file, described, model, vision, device)
+    theirs, ours = described.finetune["base_fingerprint"], family.fingerprint
     if theirs != ours:
         raise InputError(
             f"{file} was made on another base model ({theirs[:12]}, not {ours[:12]}); name that model with --model"
         )
+    tuned = described.finetune | {"base": family.source, "vision": family.profile.clip}  # where they lie here
     shapes = _shapes(tuned, family)
     parts, _ = load_tensors(file, _layout(described, shapes))
-    control = lowrank.join(parts, shapes, family.unet) if described.rank else {n: parts[n] for n in shapes}
-    manifest = Manifest(class_word=described.class_word, identifier=described.identifier, model=described.model)
+    control = _joined(described, parts, shapes, family) if described.rank else {n: parts[n] for n in shapes}
+    manifest = Manifest(class_word=described.class_word, identifier=described.identifier, model=family.source)
     subject = Subject(root, manifest)
     with writing(root, "p3s import"), subject.changing() as folder:
         for i, kept in enumerate(described.references):
@@ -167,6 +180,35 @@ def import_subject(
     return ImportResult(root, manifest.class_word, tuned["base"])
 
 
+def _base(file: Path, described: _Exported, model: str | None, vision: str | None, device: str) -> Family:
+    """The family that the file is made on. Raises InputError, with the option, for a model that is not here."""
+    base = _place(file, model, described.finetune["base"], "--model")
+    pair = _place(file, vision, described.finetune.get("vision"), "--vision")
+    return load(base, device, "float32" if described.base_dtype else "auto", pair)  # which rounds to any other
+
+
+def _place(file: Path, given: str | None, theirs: Any, option: str) -> Any:
+    """What is given, and otherwise what the file says, unless that is a place on another machine."""
+    path = theirs is not None and (theirs.startswith("./") or Path(theirs).is_absolute())
+    if given is None and path and not Path(theirs).exists():
+        raise InputError(
+            f"{file} was made on a model of its exporter's, {Path(theirs).name}, which is not here; name it with {option}"
+        )
+    return given or theirs
+
+
+def _joined(
+    described: _Exported, parts: dict[str, Tensor], shapes: dict[str, torch.Size], family: Family
+) -> dict[str, Tensor]:
+    """The control, told from a base of the dtype it was split from; one in another than float32 is loaded for that."""
+    if described.base_dtype is None:
+        return lowrank.join(parts, shapes, family.unet)
+    dtype = getattr(torch, described.base_dtype)
+    if family.dtype not in (dtype, torch.float32):
+        family = Family(family.source, family.profile, "cpu", torch.float32)
+    return lowrank.join(parts, shapes, family.unet, dtype)
+
+
 class _Kept(Reference):
     """A reference as it is exported: the settings of its mask stand where the stage was."""
 
@@ -180,6 +222,7 @@ class _Exported(BaseModel):
 
     format: int
     rank: int | None = Field(gt=0)
+    base_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # older files do not say
     class_word: str = Field(min_length=1)
     identifier: str = Field(min_length=1)
     model: str

@@ -1,6 +1,7 @@
 """Every row of the ablation table switches what it names, and nothing else does."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -53,6 +54,18 @@ def case(tmp_path_factory, tiny_family):
     (made,) = bench.cases(tmp_path_factory.mktemp("cases"), tiny_family, [0], quick=True)
     assert made.name == "00-dog"
     return made, render([lookalike_scene(seeds.BENCH, "dog")], size=PHOTO_SIZE)[1][0]
+
+
+def test_a_case_whose_photo_is_drawn_otherwise_by_now_is_refused(case, tmp_path, tiny_family, monkeypatch):
+    """A second reference of another photo would be a subject of two looks, and a benchmark of two renderers."""
+    folder = shutil.copytree(case[0].subject.parent, tmp_path / "cases")
+    assert len(Subject.open(folder / "00-dog").manifest.references) == 1
+    monkeypatch.setattr(bench, "render", lambda *a, **k: tuple(t.flip(-1) for t in render(*a, **k)))
+    with pytest.raises(InputError, match="00-dog has a photo that this version of p3s draws otherwise; remove"):
+        bench.cases(folder, tiny_family, [0], quick=True)
+    assert len(Subject.open(folder / "00-dog").manifest.references) == 1
+    shutil.rmtree(folder / "00-dog")
+    assert len(bench.cases(folder, tiny_family, [0], quick=True)) == 1
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,15 @@ def test_the_same_run_twice_makes_nothing_and_says_the_same(subject, monkeypatch
     assert second.methods == first.methods and second.scores.read_bytes() == before
 
 
+def test_rows_found_again_name_their_pictures_as_they_are_named_today(subject, monkeypatch):
+    monkeypatch.chdir(subject.parent)
+    first = evaluate(Path(subject.name))
+    monkeypatch.chdir(subject)
+    second = evaluate(Path("../thing"))
+    assert second.methods == first.methods and second.report.read_text().count("<img") == 4 + 1
+    assert " is gone" not in second.report.read_text()
+
+
 def test_interrupted_in_the_middle_it_comes_to_the_same_numbers(subject, tmp_path, monkeypatch):
     draw, calls = stages.generate, []
 

@@ -82,6 +82,24 @@ def test_the_whole_finds_all_that_its_shards_made_with_each_cases_own_steps(
     assert lines[0] and sorted(lines[0].splitlines()) == sorted("".join(lines[1:]).splitlines())
 
 
+def test_neither_the_whole_nor_a_shard_that_goes_on_counts_steps_anew_where_shards_took_unlike_times(
+    tmp_path, family, cases, tuned, monkeypatch
+):
+    entries, measured = rivals(["p3s", "lora"], ["p3s", "lora"], ("equal",)), []
+    monkeypatch.setattr(running.pace, "measure", lambda *_: measured.append(1) or Pace(setup=0.0, step=1.0))
+    for number, seconds in ((1, 140.0), (2, 180.0)):
+        monkeypatch.setattr(running._Watch, "seconds", lambda self, s=seconds: s)
+        run(tmp_path, family, f"{number}/2").evaluate(entries, shards.pick(cases, f"{number}/2"))
+    assert len(measured) == 2 and [tuned["lora", side] for side in ("left", "right")] == [140, 180]
+    tuned.clear()
+    measured.clear()
+    run(tmp_path, family, "1/2").evaluate(entries, cases[:1])
+    for _ in range(2):
+        outcome = run(tmp_path, family).evaluate(entries, cases)
+    assert not measured and not tuned
+    assert outcome.budget == 160.0 and outcome.equal_steps == {"lora, equal time": 160}
+
+
 def test_every_item_is_in_one_shard():
     found = [shards.pick("abcdefg", f"{i}/3") for i in (1, 2, 3)]
     assert sorted(sum(found, [])) == list("abcdefg") and shards.pick("abc", None) == list("abc")

@@ -41,7 +41,7 @@ def repository(weights: Path, name: str) -> dict[str, Path]:
     if "clip" in name:
         words = [f for f in (weights / "tokenizer").iterdir()]
         return {n: weights / "clip" / n for n in CLIP} | {f.name: f for f in words}
-    index = weights.parent / "family.json"  # stands for a model_index.json that lists no safety checker
+    index = weights / "p3s.json"  # stands for a model_index.json that lists no safety checker
     return {str(f.relative_to(weights)): f for f in weights.rglob("*") if f.is_file()} | {"model_index.json": index}
 
 
