@@ -92,13 +92,15 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def choose(name: str, profile: Profile, device: str, dtype: torch.dtype) -> tuple[str, MemoryProfile]:
+def choose(
+    name: str, profile: Profile, device: str, dtype: torch.dtype, tuning: bool = True
+) -> tuple[str, MemoryProfile]:
     """A memory profile by name; `auto` is the one named after the device's memory, or the next with which it fits.
 
     A small family always gets the most generous one, so that its results do not depend on the machine.
-    Raises InputError for an unknown name, and for one that cannot be tuned with on this device.
+    Raises InputError for an unknown name and, where it is for `tuning`, for one that this device cannot tune with.
     """
-    usable = _usable(device.startswith("mps"))
+    usable = _usable(tuning and device.startswith("mps"))
     if name != "auto":
         if name not in MEMORY:
             raise InputError(f"no memory profile is called {name!r}; choose one of: auto, {', '.join(MEMORY)}")
@@ -118,7 +120,11 @@ def choose(name: str, profile: Profile, device: str, dtype: torch.dtype) -> tupl
 
 
 def within(
-    name: str, memory: MemoryProfile, work: Callable[[str, MemoryProfile], R], heeded: bool = True
+    name: str,
+    memory: MemoryProfile,
+    work: Callable[[str, MemoryProfile], R],
+    heeded: bool = True,
+    tuning: bool = True,
 ) -> tuple[R, str | None]:
     """`work` under a profile and, where the device runs out of memory, once more under the next smaller one.
 
@@ -132,7 +138,7 @@ def within(
             raise
         if not heeded:
             raise P3SError("out of memory, and this method has no way with less; use another --device") from error
-        usable = _usable("MPS" in str(error))
+        usable = _usable(tuning and "MPS" in str(error))
         less = next((key for key in usable if usable[key].gigabytes < memory.gigabytes), None)
         if less is None:
             raise P3SError(
@@ -151,9 +157,9 @@ def within(
         ) from error
 
 
-def _usable(mps: bool) -> dict[str, MemoryProfile]:
-    """The profiles of a device, largest first: MPS has no float8, which the 8-bit optimiser keeps its moments in."""
-    return {key: memory for key, memory in MEMORY.items() if not (mps and memory.optimizer == "adamw8")}
+def _usable(tuning_on_mps: bool) -> dict[str, MemoryProfile]:
+    """The profiles that will do, largest first: MPS has no float8, which the 8-bit optimiser keeps its moments in."""
+    return {key: memory for key, memory in MEMORY.items() if not (tuning_on_mps and memory.optimizer == "adamw8")}
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -127,7 +127,8 @@ def generate(
 
     if missing:
         with exact(deterministic):
-            _, trouble = within(*choose(memory, family.profile, family.device, family.dtype), work)
+            chosen = choose(memory, family.profile, family.device, family.dtype, tuning=False)
+            _, trouble = within(*chosen, work, tuning=False)
         warnings += [trouble] if trouble else []
     if missing or not output.grid.is_file():
         output.finish(f"{sampling.steps} steps, guidance {order.sampling.guidance:g}")

@@ -81,7 +81,7 @@ def test_a_second_time_or_with_the_smallest_it_is_one_sentence(words):
 
 
 def test_mps_has_no_float8_and_is_given_no_profile_that_tunes_in_it(monkeypatch):
-    """Not by itself, not by name, and not where it runs out of memory; the CPU beside it has float8."""
+    """Not by itself, not by name, and not where it runs out of memory; the CPU beside it has float8, and drawing needs none."""
     monkeypatch.setattr(memory, "device_memory", lambda device: int(8e9))
     sd15 = profile.find("sd15")
     assert memory.choose("auto", sd15, "mps", torch.float32)[0] == "16"
@@ -89,12 +89,16 @@ def test_mps_has_no_float8_and_is_given_no_profile_that_tunes_in_it(monkeypatch)
         with pytest.raises(InputError, match=f"profile {name} tunes in float8, which mps does not.*--memory 16"):
             memory.choose(name, sd15, "mps", torch.float32)
         assert memory.choose(name, sd15, "cpu", torch.float32)[0] == name
+        assert memory.choose(name, sd15, "mps", torch.float32, tuning=False)[0] == name
+    assert memory.choose("auto", sd15, "mps", torch.float32, tuning=False)[0] == "8"
 
     def work(name: str, memory: MemoryProfile):
         raise RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)")
 
     with pytest.raises(P3SError, match="profile 16, which is the smallest here"):
         within("16", MEMORY["16"], work)
+    with pytest.raises(P3SError, match="profile 16 and then with 12"):
+        within("16", MEMORY["16"], work, tuning=False)
 
 
 def test_what_heeds_no_profile_is_not_tried_again_under_another():
