@@ -13,11 +13,13 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from p3s_cli.methods import nested
 
 R = TypeVar("R")
 # work without arguments -> what does it again, and its results, which are always these very tensors
@@ -120,16 +122,16 @@ class Graphed:
 
     def _graphed(self, arguments: tuple, options: dict) -> Any:
         given: list[Tensor] = []
-        shape = _shape((arguments, options), given)
+        shape = nested.shape((arguments, options), given)
         recording = self._recorded.get(shape)
         if recording is None:
             fixed = [t.clone() for t in given]
-            arguments, options = _filled((arguments, options), iter(fixed))
+            arguments, options = nested.filled((arguments, options), iter(fixed))
             work = lambda: self._function(*arguments, **options)  # noqa: E731
             recording = self._recorded[shape] = Recording(work, fixed, _one_by_one, self._record)
         proving = recording.proofs < PROOFS
         results = recording.proved(given) if proving else recording.replayed(given)
-        return _filled(results, iter([t.clone() for t in _tensors(results)]))
+        return nested.filled(results, iter([t.clone() for t in nested.tensors(results)]))
 
 
 class Stepwise(Protocol):
@@ -186,7 +188,7 @@ class CapturedLoss:
         self._earlier = drawn
         if self._recording is None:
             return self._loss.judge(drawn)
-        made = self._recording.replayed(_tensors(drawn))
+        made = self._recording.replayed(nested.tensors(drawn))
         if not all(map(math.isfinite, made.size.tolist())):  # the loop waits for it right after, anyway
             return self._doubted(drawn)
         return self._given(made.value, made.numbers, made.gradients)
@@ -196,8 +198,8 @@ class CapturedLoss:
         masters = list(self._model.parameters())
         working = copy.deepcopy(self._model).to(self._dtype)
         weights = list(working.parameters())
-        fixed = [t.clone() for t in _tensors(draws[0])]
-        drawn = _filled(draws[0], iter(fixed))
+        fixed = [t.clone() for t in nested.tensors(draws[0])]
+        drawn = nested.filled(draws[0], iter(fixed))
 
         def work() -> _Step:
             with torch.no_grad():
@@ -212,7 +214,7 @@ class CapturedLoss:
 
         recording = Recording(work, fixed, _Step.parts, self._record)
         for one in draws:
-            recording.proved(_tensors(one))
+            recording.proved(nested.tensors(one))
         return recording
 
     def _doubted(self, drawn: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -254,7 +256,7 @@ def _now() -> float:
 
 
 def _one_by_one(results: Any) -> list[list[Tensor]]:
-    return [[t] for t in _tensors(results)]
+    return [[t] for t in nested.tensors(results)]
 
 
 @torch.no_grad()
@@ -269,37 +271,3 @@ def _near(found: Sequence[Tensor], truth: Sequence[Tensor]) -> bool:
 def _copy(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     if into:
         torch._foreach_copy_(list(into), list(source))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _shape(value, found)
-    return found
-
-
-def _shape(value: Any, found: list[Tensor]) -> Hashable:
-    """What must be the same for a recording to serve; the tensors in `value` are added to `found`, in order."""
-    if isinstance(value, Tensor):
-        found.append(value)
-        return "tensor", tuple(value.shape), value.dtype
-    if isinstance(value, dict):
-        return "dict", *((k, _shape(v, found)) for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return type(value), *(_shape(v, found) for v in value)
-    if dataclasses.is_dataclass(value):
-        return type(value), *(_shape(getattr(value, f.name), found) for f in dataclasses.fields(value))
-    return value if isinstance(value, (int, float, str, bool, frozenset, type(None))) else id(value)
-
-
-def _filled(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """`value` with other tensors in it, in the order of `_shape`."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if isinstance(value, dict):
-        return {k: _filled(v, tensors) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([_filled(v, tensors) for v in value])
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: _filled(getattr(value, f.name), tensors) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
-    return value

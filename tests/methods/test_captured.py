@@ -12,7 +12,7 @@ from torch import nn
 from p3s_cli import config as settings
 from p3s_cli import stages
 from p3s_cli.config import PACES, ControlConfig, FinetuneConfig
-from p3s_cli.methods import captured, p3s
+from p3s_cli.methods import captured, nested, p3s
 from p3s_cli.methods.base import Lesson
 from p3s_cli.methods.captured import CapturedLoss, Graphed
 from p3s_cli.sd import images
@@ -25,7 +25,7 @@ def again(work):
     results, work = work(), weakref.ref(work)
 
     def replay():
-        for fixed, new in zip(captured._tensors(results), captured._tensors(work()()), strict=True):
+        for fixed, new in zip(nested.tensors(results), nested.tensors(work()()), strict=True):
             with torch.no_grad():
                 fixed.copy_(new)
 
@@ -46,7 +46,7 @@ def lies(spoil, after=0):
         def lie():
             replay()
             if next(count) >= after:
-                for t in captured._tensors(results):
+                for t in nested.tensors(results):
                     if t.is_floating_point() and not isinstance(t, nn.Parameter):  # a gate is the model's own
                         t.detach().copy_(spoil(t.detach()))
 
