@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors import SafetensorError
 from test_atomic import file_size_limit, small_disk  # noqa: F401
 
 from p3s_cli import cli, signals, stages
 from p3s_cli.errors import InputError, P3SError
-from p3s_cli.sd import images
+from p3s_cli.sd import images, weights
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.vision import VisionTower
+from p3s_cli.sd.weights import load_tensors, save_tensors
 from p3s_cli.subject import Subject
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +74,32 @@ def test_the_command_line_ends_with_the_code_of_the_signal_and_one_sentence(numb
         cli.run()
     assert stop.value.code == 128 + number
     assert capsys.readouterr().err == "p3s: interrupted; the same command goes on from what is done\n"
+
+
+def test_a_signal_while_tensors_are_read_is_no_damage(tmp_path, monkeypatch):
+    """safetensors calls torch from its own code, where an exception of ours is lost, and fails in its own words."""
+
+    class Reading:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def keys(self):
+            return ["a"]
+
+        def get_tensor(self, name):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except BaseException as lost:
+                raise SafetensorError("could not determine the shape") from lost
+            return torch.ones(2)
+
+    save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
+    monkeypatch.setattr(weights, "safe_open", lambda *_, **__: Reading())
+    with pytest.raises(signals.Interrupted), signals.raising():
+        load_tensors(tmp_path / "x.safetensors")
 
 
 def test_a_run_stopped_by_a_signal_has_a_checkpoint_and_goes_on_to_the_same_manifest(subject, tiny_family, tmp_path):

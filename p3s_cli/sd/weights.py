@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from p3s_cli import signals
 from p3s_cli.atomic import replacing, sha256
 from p3s_cli.errors import InputError
 
@@ -50,7 +51,8 @@ def load_tensors(path: Path, layout: Layout | None = None, sha: str | None = Non
         metadata = _check_header(path, layout)
         if sha is not None and sha256(path) != sha:
             raise ValueError("its hash is not the one recorded for it")
-        with safe_open(path, framework="pt") as file:
+        # an exception that a signal raises inside would be lost in the library, which says that the file is damaged
+        with signals.deferred(), safe_open(path, framework="pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
