@@ -22,12 +22,13 @@ from p3s_cli.methods.p3s import P3S
 from p3s_cli.paper.points import Selection
 from p3s_cli.sd import images, text
 from p3s_cli.sd.family import load
+from p3s_cli.sd.fingerprints import named
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.segment.select import _warnings
 from p3s_cli.stages import generating
 from p3s_cli.stages.clicks import parse_point, resolve_points
-from p3s_cli.stages.reference import Clicks, _check_apart, _degenerate, _named, guess_class
+from p3s_cli.stages.reference import Clicks, _check_apart, _degenerate, guess_class
 from p3s_cli.subject import Subject, mask_command
 
 
@@ -340,8 +341,8 @@ def test_what_the_hub_keeps_is_known_by_its_name_and_all_else_by_its_bytes(tmp_p
     (tmp_path / "blobs" / "its-hash").write_bytes(b"")
     (tmp_path / "kept").symlink_to(tmp_path / "blobs" / "its-hash")
     (tmp_path / "own").write_bytes(b"abc")
-    assert _named(tmp_path / "kept") == "its-hash"
-    assert _named(tmp_path / "own") == hashlib.sha256(b"abc").hexdigest()
+    assert named(tmp_path / "kept") == "its-hash"
+    assert named(tmp_path / "own") == hashlib.sha256(b"abc").hexdigest()
 
 
 def test_a_tuning_is_done_again_once_the_clip_pair_has_changed_unless_its_record_does_not_tell(tiny_folder, tmp_path):

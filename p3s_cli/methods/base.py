@@ -20,7 +20,7 @@ from p3s_cli.subject import CONTROL, Subject
 
 R = TypeVar("R")
 # a preset, a weight schedule, several references, compiled passes, a memory profile; and what `Joining` adds
-Heed = Literal["preset", "schedule", "references", "compiled", "memory", "joined"]
+Heed = Literal["preset", "schedule", "references", "compiled", "memory", "joined", "vision"]
 
 
 @dataclass(frozen=True)

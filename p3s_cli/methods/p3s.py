@@ -37,7 +37,7 @@ class P3S:
 
     name = "p3s"
     given: Literal["points"] = "points"
-    heeds: frozenset[Heed] = frozenset(("preset", "schedule", "references", "compiled", "memory", "joined"))
+    heeds: frozenset[Heed] = frozenset(("preset", "schedule", "references", "compiled", "memory", "joined", "vision"))
 
     def recipe(self, profile: Profile, config: FinetuneConfig) -> FinetuneConfig:
         """Steps, rate and batch left open are the family's."""

@@ -18,7 +18,8 @@ from p3s_cli.lock import writing
 from p3s_cli.sd import images, text
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
-from p3s_cli.sd.profile import find, located
+from p3s_cli.sd.fingerprints import filler_fingerprint
+from p3s_cli.sd.profile import located
 from p3s_cli.stages import reference as work
 from p3s_cli.stages.clicks import PhotoClicks, read_clicks, twice
 from p3s_cli.stages.progress import Progress, silent
@@ -102,7 +103,7 @@ def mask(
             options["truth"] = digest(truth.subject.tolist(), truth.negative.tolist())
         if not inpaint:
             options["inpaint"] = False
-        if family.profile.inpainter != find(family.source).inpainter:
+        if family.inpainter_chosen:
             options["inpainter_chosen"] = True
         fills = inpaint and bool(clicks.negative or truth is not None)
         stage = _stage(subject, reference, options, seed, family if fills else None)
@@ -137,7 +138,7 @@ def _base(subject: Subject | None, model: str | None) -> str:
 
 def _stage(subject: Subject, reference: Reference, options: dict, seed: int, filling: Family | None) -> Stage:
     """The record of a mask that is yet to be made; `filling` is whose models fill in for a look-alike, if there is one."""
-    weights = work.filler_fingerprint(filling) if filling else None
+    weights = filler_fingerprint(filling.profile) if filling else None
     options = options | ({"inpainter_fingerprint": weights} if weights else {})
     return Stage(inputs=subject.mask_inputs(reference, options), settings=options, seed=seed, artifacts={})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,23 +11,20 @@ from PIL import Image
 from torch import Tensor
 
 from p3s_cli import pictures
-from p3s_cli.atomic import sha256
 from p3s_cli.config import MaskConfig
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.methods.views import base_view, close_view, look
 from p3s_cli.paper import points as points_as_printed
 from p3s_cli.paper.inpaint import Inpainted, fill_region, remove_negative
 from p3s_cli.paper.points import Point, Selection
-from p3s_cli.sd import hub, images
+from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.inpaint import inpainting_filler
-from p3s_cli.sd.integrity import cached
-from p3s_cli.sd.profile import CLASSICAL, Profile
 from p3s_cli.sd.vision import VisionTower
 from p3s_cli.sd.weights import load_tensors, save_tensors
 from p3s_cli.segment.select import select
 from p3s_cli.stages.clicks import resolve_box, resolve_points
-from p3s_cli.subject import Reference, Stage, Subject, digest, hashes, mask_layout
+from p3s_cli.subject import Reference, Stage, Subject, hashes, mask_layout
 
 _CUT_BY_BOX = 0.1  # of the mask: less of it outside the box is a matter of its outline
 # around the subject, in its sizes, when CLIP names it: right for 0.885 of 288 look-alikes of `world`, 0.844 with 0.15
@@ -121,45 +117,6 @@ def make(
         selection = replace(selection, warnings=(*selection.warnings, said))
     square = look(inpainted.image, base_view(selection.subject), family.profile.image_size)
     return Masked(selection, inpainted, images.encode(family.vae, square[None])[0])
-
-
-def filler_fingerprint(family: Family) -> str | None:
-    """Of the weights that fill in for a look-alike: the inpainter's, or the base's where that is not at hand, VAE and text encoder.
-
-    None where no model fills in, or one is not on this machine yet.
-    """
-    sibling = family.profile.inpainter
-    if sibling == CLASSICAL:
-        return None
-    own = sibling not in (None, ".") and _weights(family.profile, "inpainter")
-    return fingerprint(family.profile, "inpainter" if own else "unet", "vae", "text_encoder")
-
-
-def fingerprint(profile: Profile, *names: str) -> str | None:
-    """Of the files that these parts of a family are loaded from; None if one is not on this machine yet."""
-    parts = [_weights(profile, name) for name in names]
-    files = dict.fromkeys(file for part in parts for file in part)  # a single file is a base's every part
-    return digest(*map(_named, files)) if all(parts) else None
-
-
-def _weights(profile: Profile, name: str) -> list[Path]:
-    """The files that a part is loaded from; none if they are not on this machine."""
-    part = next((p for p in profile.parts if p.name == name), None)
-    if part is None:  # it is in a single file
-        return [Path(profile.inpainter or "" if name == "inpainter" else profile.base)]
-    inside = hub.folder(part)
-    return hub.loaded(inside, part) if inside else []
-
-
-def _named(file: Path) -> str:
-    """Its hash; of what the hub's cache keeps, by the name that it has there, for a photo is not worth reading gigabytes again."""
-    return file.resolve().name if cached(file) else _hash(file, file.stat().st_size, file.stat().st_mtime_ns)
-
-
-@functools.cache
-def _hash(file: Path, size: int, changed: int) -> str:
-    """Of gigabytes that serve many photos: once for as long as the file is this large and this old."""
-    return sha256(file)
 
 
 def embedding(tower: VisionTower, config: MaskConfig) -> Callable[[Tensor], Tensor]:

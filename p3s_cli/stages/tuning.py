@@ -21,10 +21,10 @@ from p3s_cli.methods.memory import choose, within
 from p3s_cli.sd.base import check_base
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
+from p3s_cli.sd.fingerprints import fingerprint
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import save_tensors
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.stages.reference import fingerprint
 from p3s_cli.subject import CONTROL, Stage, Subject, digest, hashes
 
 _CHECKPOINT = "control/.checkpoint-"
@@ -124,10 +124,9 @@ def finetune(
 
 
 def _check_heeded(teacher: Method, preset: bool, memory: bool, vision: bool, compiled: bool) -> None:
-    """Raises InputError if the method is asked for what it would not heed; what sees references does so through `vision`."""
-    options = ("preset", preset, "preset"), ("memory", memory, "memory"), ("vision", vision, "references")
-    for option, asked, heed in options:
-        if asked and heed not in teacher.heeds:
+    """Raises InputError if the method is asked for what it would not heed."""
+    for option, asked in {"preset": preset, "memory": memory, "vision": vision}.items():
+        if asked and option not in teacher.heeds:
             raise InputError(f"{teacher.name} has no use for --{option}, which is p3s's; leave that out")
     if compiled and "compiled" not in teacher.heeds:
         raise InputError(f"{teacher.name} has no step to compile; leave out --compile")
@@ -140,7 +139,7 @@ def _options(teacher: Method, recipe: Any, memory: str, family: Family) -> dict[
     for how in ("memory", "compiled", "captured"):
         config.pop(how, None)
     base = {"base_fingerprint": family.fingerprint, "base": family.source, "vision": family.profile.clip}
-    weights = _clip_fingerprint(family) if "references" in teacher.heeds else None
+    weights = _clip_fingerprint(family) if "vision" in teacher.heeds else None
     seen = {_SEEN_BY: weights} if weights else {}
     return {"method": teacher.name, "config": config, "memory": memory} | base | seen
 
