@@ -3,9 +3,10 @@
 dog/
   subject.json                     the manifest below
   references/00/photo.png          the upright photo, without its EXIF
-  references/00/mask.safetensors   similarity maps, masks, inpainted pixels and latent
+  references/00/mask.safetensors   similarity maps, masks, inpainted pixels
   references/00/overlay.png, inpainted.png
   control/control.safetensors      the trained control
+  control/references.safetensors   what the base's autoencoder makes of each reference
   outputs/                         generated images and their grids
 """
 
@@ -282,8 +283,11 @@ def mask_layout(reference: Reference) -> dict[str, tuple[str, tuple[int | None, 
         "subject": ("U8", (height, width)),
         "negative": ("U8", (height, width)),
         "inpainted": ("U8", (3, height, width)),
-        "latent": ("F32", (4, None, None)),
     }
+
+
+# in a mask.safetensors of before, which held what is a base's and no photo's
+FORMER_LATENT: tuple[str, tuple[int | None, ...]] = ("F32", (4, None, None))
 
 
 def hashes(folder: Path, *names: str) -> dict[str, str]:

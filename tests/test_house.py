@@ -98,3 +98,17 @@ def test_help_subject_and_config_never_load_torch():
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_masks_never_load_diffusers(tmp_path):
+    """Nor what it brings: where no model fills in, importing it would take longer than finding the masks."""
+    script = (
+        "import sys; from pathlib import Path; from p3s_cli import stages; from p3s_cli.sd import images; "
+        "from p3s_cli.world.render import render; from p3s_cli.world.scenes import lookalike_scene; "
+        "photo = Path(sys.argv[1]); images.save_png(photo, images.to_pil(render([lookalike_scene(1)])[0][0])); "
+        "stages.mask(photo, [(40, 80)], [(90, 80)], photo.with_suffix(''), 'thing', model='world'); "
+        "print([m for m in ('diffusers', 'peft', 'matplotlib') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "thing.png")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -57,7 +57,8 @@ def generate(root, world, prompt="a [V] pet on beach", **options):
 def test_mask_writes_what_it_says(masked, pair):
     subject = Subject.open(masked.subject)
     tensors, metadata = load_tensors(masked.subject / "references/00/mask.safetensors")
-    assert tensors["subject"].shape == (128, 128) and tensors["latent"].shape == (4, 16, 16)
+    assert tensors.keys() == {"positive_map", "negative_map", "subject", "negative", "inpainted"}
+    assert tensors["subject"].shape == (128, 128)
     assert metadata["stage"] == "mask" and metadata["positive"] == [list(pair[2][0])]
     assert set(subject.manifest.references[0].mask.artifacts) == {
         f"references/00/{n}" for n in ("photo.png", "overlay.png", "inpainted.png", "mask.safetensors")
@@ -70,6 +71,16 @@ def test_mask_writes_what_it_says(masked, pair):
     # eq. 3 leaves the subject alone
     keep = tensors["subject"].bool()
     assert torch.equal(tensors["inpainted"][:, keep].float() / 255, images.to_tensor(pair[0])[:, keep])
+
+
+def test_tuning_keeps_what_the_autoencoder_makes_of_the_reference(tuned, world):
+    """Decoded, it is the inpainted photo, here the family's square, as far as the autoencoder carries one."""
+    latents, metadata = load_tensors(tuned / "control/references.safetensors")
+    pixels = load_tensors(tuned / "references/00/mask.safetensors")[0]["inpainted"].float() / 255
+    square = images.encode(world.vae, pixels[None])[0]
+    assert metadata["stage"] == "finetune" and latents.keys() == {"references/00"}
+    assert torch.allclose(latents["references/00"], square, atol=1e-4)
+    assert "control/references.safetensors" in Subject.open(tuned).manifest.finetune.artifacts
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
@@ -191,7 +202,7 @@ def test_training_moves_every_part_that_should_and_resumes_to_the_same_control(m
     assert [done for what, done, _ in heard if what.startswith("tuning")] == [2, 3]  # two steps were kept
     resumed, _ = load_tensors(masked.subject / "control/control.safetensors")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[n], resumed[n]) for n in whole)
-    assert [p.name for p in (masked.subject / "control").iterdir()] == ["control.safetensors"]
+    assert {p.name for p in (masked.subject / "control").iterdir()} == {"control.safetensors", "references.safetensors"}
 
 
 def test_paper_preset_runs_the_literal_equations(masked, photo, pair, world):

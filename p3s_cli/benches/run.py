@@ -226,8 +226,9 @@ def _copy_control(source: Path, target: Path, method: str, family: Family) -> bo
     if subject.manifest.finetune != stage or not subject.intact(stage, CONTROL):
         subject.manifest.finetune = stage
         with subject.changing() as folder:
-            (folder / CONTROL).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(owned.path(CONTROL), folder / CONTROL)
+            for name in stage.artifacts:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(owned.path(name), folder / name)
     return True
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from p3s_cli.methods.views import close_view, look
 from p3s_cli.sd import images
 from p3s_cli.sd.weights import load_tensors
-from p3s_cli.subject import Reference, Subject, mask_layout
+from p3s_cli.subject import FORMER_LATENT, Reference, Subject, mask_layout
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class Photo:
 def mask_tensors(subject: Subject, reference: Reference) -> dict[str, Tensor]:
     """What `p3s mask` wrote of a reference. Raises InputError if it is not whole."""
     sha = reference.mask.artifacts.get(reference.mask_file) if reference.mask else None
-    return load_tensors(subject.path(reference.mask_file), mask_layout(reference), sha)[0]
+    layout, former = mask_layout(reference), {"latent": FORMER_LATENT}
+    tensors, _ = load_tensors(subject.path(reference.mask_file), layout, sha, perhaps=former)
+    return {name: tensors[name] for name in layout}
 
 
 def read_photos(subject: Subject) -> list[Photo]:

@@ -11,15 +11,12 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -32,14 +29,31 @@ from p3s_cli.sd.profile import CLASSICAL, Profile
 from p3s_cli.sd.vision import ClipPair, VisionTower
 from p3s_cli.sd.vocabulary import clip_tokenizer, read_tokenizer
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
 _VIT = ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
 _ENCODERS = ("text_encoder", "vae", "vision")
 TOWERS = {"dinov2": "facebook/dinov2-small@ed25f3a31f01632728cabb09d1542f84ab7b0056"}
 
-for _library in (diffusers, transformers):
-    # their notices and progress bars are for their own users; ours read one sentence
-    _library.utils.logging.set_verbosity_error()
-    _library.utils.logging.disable_progress_bar()
+
+def _quiet(library: Any) -> Any:
+    """The library without its notices and progress bars, which are for its own users; ours read one sentence."""
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+    return library
+
+
+_quiet(transformers)
+
+
+@cache
+def _diffusers() -> Any:
+    """At first need: it takes longer to import than masks take to find, and these need none of it."""
+    import diffusers
+
+    return _quiet(diffusers)
 
 
 class Family:
@@ -54,11 +68,11 @@ class Family:
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
-        return self._frozen(self._base_part(UNet2DConditionModel, "unet"))
+        return self._frozen(self._base_part(_diffusers().UNet2DConditionModel, "unet"))
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        vae = self._frozen(self._base_part(AutoencoderKL, "vae"))
+        vae = self._frozen(self._base_part(_diffusers().AutoencoderKL, "vae"))
         return vae.float() if self.dtype == torch.float16 else vae  # SD's VAE overflows in fp16
 
     @cached_property
@@ -78,7 +92,7 @@ class Family:
         """
         if self.profile.single:
             return single_file.scheduler_config(Path(self.profile.base))
-        found = hub.from_pretrained(diffusers.DDIMScheduler, self.profile.base, "scheduler", fetch=self.fetch)
+        found = hub.from_pretrained(_diffusers().DDIMScheduler, self.profile.base, "scheduler", fetch=self.fetch)
         config = dict(found.config)
         ours = {"clip_sample": False, "steps_offset": 1}
         unsaid = [name for name in config.get("_use_default_values", ()) if name not in ours]
@@ -157,7 +171,7 @@ class Family:
     def _sibling(self, source: str, fetch: str) -> UNet2DConditionModel:
         if Path(source).suffix == ".safetensors":
             return self._frozen(single_file.load_part(Path(source), "unet"))
-        return self._frozen(hub.load(UNet2DConditionModel, self.profile.part("inpainter"), fetch))
+        return self._frozen(hub.load(_diffusers().UNet2DConditionModel, self.profile.part("inpainter"), fetch))
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
@@ -178,6 +192,8 @@ class Family:
         """diffusers' safety checker and its preprocessing, where the base has one, as its model_index.json says."""
         if self.profile.single or not hub.lists(self.profile.base, "safety_checker", online=True):
             return None
+        _diffusers()
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers import CLIPImageProcessor  # speaks up on import unless told not to, as it is by now
 
         checker = hub.load(StableDiffusionSafetyChecker, self.profile.part("safety_checker"), self.fetch)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from diffusers import StableDiffusionInpaintPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.images import to_pil, to_tensor
-from p3s_cli.sd.pipeline import pipeline
-from p3s_cli.sd.standins import Autoencoder
 
 
 def inpainting_filler(family: Family, steps: int = 25) -> Callable[[Tensor, Tensor, int], Tensor] | None:
@@ -24,6 +21,12 @@ def inpainting_filler(family: Family, steps: int = 25) -> Callable[[Tensor, Tens
     unet = family.inpaint_unet
     if unet is None:
         return None
+    # only now: a family that fills in without a model finds masks in less time than this import takes
+    from diffusers import StableDiffusionInpaintPipeline
+
+    from p3s_cli.sd.pipeline import pipeline
+    from p3s_cli.sd.standins import Autoencoder
+
     pipe = pipeline(StableDiffusionInpaintPipeline, family, unet=unet)
     pipe.__dict__["vae"] = Autoencoder(family.vae)
 

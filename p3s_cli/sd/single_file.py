@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -39,6 +37,9 @@ def scheduler_config(path: Path) -> dict:
 
 def load_part(path: Path, part: str, configs: Path = CONFIGS) -> Any:
     """The `unet`, `vae` or `text_encoder` of the checkpoint. Raises InputError if it is not of the SD v1 layout."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
     try:
         if part == "text_encoder":
             return _text_encoder(path, configs)

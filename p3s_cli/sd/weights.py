@@ -41,14 +41,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         return sha256(temporary)
 
 
-def load_tensors(path: Path, layout: Layout | None = None, sha: str | None = None) -> tuple[dict[str, Tensor], dict]:
-    """Read a file of `save_tensors`: tensors by name, and the metadata.
+def load_tensors(
+    path: Path, layout: Layout | None = None, sha: str | None = None, perhaps: Layout | None = None
+) -> tuple[dict[str, Tensor], dict]:
+    """Read a file of `save_tensors`: tensors by name, and the metadata. What is in `perhaps` may be there as well.
 
     Size, header, names, dtypes, shapes and hash are checked before a tensor is read, and its numbers for
     being finite after. Raises InputError for whatever is not as it should be.
     """
     with _sentence(path):
-        metadata = _check_header(path, layout)
+        metadata = _check_header(path, layout, perhaps)
         if sha is not None and sha256(path) != sha:
             raise ValueError("its hash is not the one recorded for it")
         # an exception that a signal raises inside would be lost in the library, which says that the file is damaged
@@ -70,8 +72,9 @@ def _sentence(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is damaged or not made by p3s ({error}); restore it or make it again") from error
 
 
-def check_layout(found: Layout, wanted: Layout) -> None:
-    """Raises ValueError unless names, dtypes and shapes are exactly those wanted."""
+def check_layout(found: Layout, wanted: Layout, perhaps: Layout | None = None) -> None:
+    """Raises ValueError unless names, dtypes and shapes are exactly those wanted, and those in `perhaps` or some of them."""
+    wanted = {**wanted, **{name: entry for name, entry in (perhaps or {}).items() if name in found}}
     if found.keys() != wanted.keys():
         other = sorted(found.keys() ^ wanted.keys())[0]
         raise ValueError(f"{other} is {'missing' if other in wanted else 'not expected'} in it")
@@ -93,7 +96,7 @@ def load_metadata(path: Path) -> dict:
         return _check_header(path, None)
 
 
-def _check_header(path: Path, layout: Layout | None) -> dict:
+def _check_header(path: Path, layout: Layout | None, perhaps: Layout | None = None) -> dict:
     """Returns the metadata. Raises ValueError for a header that does not describe exactly this file."""
     if not path.is_file() and path.exists():
         raise ValueError("it is no file")
@@ -111,7 +114,7 @@ def _check_header(path: Path, layout: Layout | None) -> dict:
     if expected != size:
         raise ValueError(f"it has {size} bytes instead of {expected}")
     if layout is not None:
-        check_layout(entries, layout)
+        check_layout(entries, layout, perhaps)
     return _metadata(described)
 
 

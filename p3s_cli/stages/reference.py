@@ -13,7 +13,8 @@ from torch import Tensor
 from p3s_cli import pictures
 from p3s_cli.config import MaskConfig
 from p3s_cli.errors import InputError, P3SError
-from p3s_cli.methods.views import base_view, close_view, look
+from p3s_cli.methods.photos import mask_tensors
+from p3s_cli.methods.views import close_view, look
 from p3s_cli.paper import points as points_as_printed
 from p3s_cli.paper.inpaint import Inpainted, fill_region, remove_negative
 from p3s_cli.paper.points import Point, Selection
@@ -21,10 +22,10 @@ from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.inpaint import inpainting_filler
 from p3s_cli.sd.vision import VisionTower
-from p3s_cli.sd.weights import load_tensors, save_tensors
+from p3s_cli.sd.weights import save_tensors
 from p3s_cli.segment.select import select
 from p3s_cli.stages.clicks import resolve_box, resolve_points
-from p3s_cli.subject import Reference, Stage, Subject, hashes, mask_layout
+from p3s_cli.subject import Reference, Stage, Subject, hashes
 
 _CUT_BY_BOX = 0.1  # of the mask: less of it outside the box is a matter of its outline
 # around the subject, in its sizes, when CLIP names it: right for 0.885 of 288 look-alikes of `world`, 0.844 with 0.15
@@ -73,11 +74,10 @@ class Truth:
 
 @dataclass(frozen=True)
 class Masked:
-    """Selection (maps and masks), inpainted reference, and its latent (4, h, w) in the family's square."""
+    """Selection (maps and masks) and inpainted reference."""
 
     selection: Selection
     inpainted: Inpainted
-    latent: Tensor
 
 
 def make(
@@ -115,8 +115,7 @@ def make(
     if filler and family.inpainter_unfit:
         said = f"the base itself filled in for the look-alike, as {family.inpainter_unfit}"
         selection = replace(selection, warnings=(*selection.warnings, said))
-    square = look(inpainted.image, base_view(selection.subject), family.profile.image_size)
-    return Masked(selection, inpainted, images.encode(family.vae, square[None])[0])
+    return Masked(selection, inpainted)
 
 
 def embedding(tower: VisionTower, config: MaskConfig) -> Callable[[Tensor], Tensor]:
@@ -206,9 +205,7 @@ def write(folder: Path, reference: Reference, picture: Image.Image, made: Masked
         "subject": selection.subject.to(torch.uint8),
         "negative": selection.negative.to(torch.uint8),
         "inpainted": (inpainted.image * 255).round().to(torch.uint8),
-        "latent": made.latent,
     }
-    # the latent is a record for other tools; training encodes its own views of the pixels
     save_tensors(
         folder / names["mask.safetensors"],
         tensors,
@@ -227,7 +224,7 @@ def write(folder: Path, reference: Reference, picture: Image.Image, made: Masked
 
 def write_maps(subject: Subject, reference: Reference, picture: Image.Image) -> Path:
     """Eq. 1's maps over the photo, for the eye; no artifact that anything depends on."""
-    tensors, _ = load_tensors(subject.path(reference.mask_file), mask_layout(reference))
+    tensors = mask_tensors(subject, reference)
     shown = [(n, pictures.heatmap(picture, tensors[f"{n}_map"].numpy())) for n in ("positive", "negative")]
     path = subject.path(f"{reference.folder}/maps.png")
     images.save_png(path, pictures.sheet([("similarity to the points", shown)]))

@@ -29,7 +29,7 @@ from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.weights import load_metadata, load_tensors, save_tensors
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import CONTROL, Manifest, Reference, Stage, Subject, hashes, mask_layout
+from p3s_cli.subject import CONTROL, FORMER_LATENT, Manifest, Reference, Stage, Subject, hashes, mask_layout
 
 FORMAT = 2  # factors in eight bits; 1, in sixteen, is read too
 
@@ -162,7 +162,8 @@ def import_subject(
         )
     tuned = described.finetune | {"base": family.source, "vision": family.profile.clip}  # where they lie here
     shapes = _shapes(tuned, family)
-    parts, _ = load_tensors(file, _layout(described, shapes))
+    former = {f"reference/{i}/latent": FORMER_LATENT for i in range(len(described.references))}
+    parts, _ = load_tensors(file, _layout(described, shapes), perhaps=former)
     control = _joined(described, parts, shapes, family) if described.rank else {n: parts[n] for n in shapes}
     manifest = Manifest(class_word=described.class_word, identifier=described.identifier, model=family.source)
     subject = Subject(root, manifest)

@@ -18,6 +18,9 @@ from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
 from p3s_cli.methods.base import Lesson, Method
 from p3s_cli.methods.memory import choose, within
+from p3s_cli.methods.photos import read_photos
+from p3s_cli.methods.views import base_view, look
+from p3s_cli.sd import images
 from p3s_cli.sd.base import check_base
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
@@ -28,6 +31,7 @@ from p3s_cli.stages.progress import Progress, silent
 from p3s_cli.subject import CONTROL, Stage, Subject, digest, hashes
 
 _CHECKPOINT = "control/.checkpoint-"
+_LATENTS = "control/references.safetensors"
 _SEEN_BY = "vision_fingerprint"  # the setting that tells the CLIP pair's weights
 
 
@@ -116,9 +120,11 @@ def finetune(
     halves = _halves(tensors)
     result = {"loss": numbers.get("denoising", 0.0), "skipped": int(numbers.get("skipped", 0)), "memory": profile}
     result["warnings"] = [trouble] if trouble else []
+    latents = _latents(family, subject)
     with subject.changing() as folder:
         save_tensors(folder / CONTROL, halves, options)
-        made = {"artifacts": hashes(folder, CONTROL), "result": result}
+        save_tensors(folder / _LATENTS, latents, {"stage": "finetune", "base": family.source})
+        made = {"artifacts": hashes(folder, CONTROL, _LATENTS), "result": result}
         subject.manifest.finetune = wanted.model_copy(update=made)
     return _result(subject, recipe.steps, subject.manifest.finetune, False, _tidy(subject, inputs, run))
 
@@ -159,6 +165,14 @@ def _as_told(wanted: Stage, subject: Subject) -> Stage:
     if done is None or _SEEN_BY in done.settings:
         return wanted
     return wanted.model_copy(update={"settings": {n: v for n, v in wanted.settings.items() if n != _SEEN_BY}})
+
+
+def _latents(family: Family, subject: Subject) -> dict[str, torch.Tensor]:
+    """Each reference without its look-alike, (4, h, w) of the family's square: for other tools, as methods encode views of their own."""
+    photos, size = read_photos(subject), family.profile.image_size
+    squares = torch.stack([look(p.pixels, base_view(p.mask), size) for p in photos])
+    folders = (reference.folder for reference in subject.manifest.references)
+    return dict(zip(folders, images.encode(family.vae, squares), strict=True))
 
 
 def _halves(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
