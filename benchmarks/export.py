@@ -19,12 +19,12 @@ from diffusers import UNet2DConditionModel
 
 from p3s_cli import stages
 from p3s_cli.config import ControlConfig
-from p3s_cli.demo import identity_encoder, true_pictures
 from p3s_cli.methods import lowrank
 from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.single_file import CONFIGS
+from p3s_cli.story import identity_encoder, true_pictures
 from p3s_cli.world import seeds
 from p3s_cli.world.render import click, render
 from p3s_cli.world.scenes import lookalike_scene

@@ -42,7 +42,7 @@ from p3s_cli import benches, signals, stages
 from p3s_cli.lock import LOCK
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.train import Checkpoint
-from p3s_cli.stages import tuning
+from p3s_cli.stages import generating, tuning  # noqa: F401 (every trial is a child, and imports nothing itself)
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STEPS, IMAGES = 6, 5  # of finetune; of generate, which makes two batches

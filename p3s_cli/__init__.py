@@ -2,7 +2,8 @@
 
     from p3s_cli import mask, finetune, generate
 
-The functions are loaded when first used, so importing this package does not import torch.
+The functions are loaded when first used, so importing this package does not import torch. No module has a function's name:
+it would take the function's place once it is imported.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ __all__ = ["P3SPipeline", "demo", *_STAGES, *_BENCHES]
 
 def __getattr__(name: str) -> Any:
     if name == "demo":
-        from p3s_cli.demo import demo
+        from p3s_cli.story import demo
 
         return demo
     if name == "P3SPipeline":

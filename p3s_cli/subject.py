@@ -83,6 +83,11 @@ class Reference(_Strict):
     def mask_file(self) -> str:
         return f"{self.folder}/mask.safetensors"
 
+    @property
+    def made(self) -> tuple[str, ...]:
+        """What `p3s mask` made of it; the tensors among that, whatever the record says."""
+        return (self.mask_file, *(self.mask.artifacts if self.mask else ()))
+
 
 class Manifest(_Strict):
     schema_version: Literal[1] = SCHEMA
@@ -140,17 +145,18 @@ class Subject:
     def path(self, relative: str) -> Path:
         return self.root / relative
 
-    def intact(self, stage: Stage, needed: str) -> bool:
-        """Whether every artifact of the stage is there, bit for bit, and the one that is needed is among them."""
-        return needed in stage.artifacts and all(
-            self.path(n).is_file() and sha256(self.path(n)) == h for n, h in stage.artifacts.items()
+    def intact(self, stage: Stage, *needed: str) -> bool:
+        """Whether these artifacts of the stage are there, bit for bit."""
+        return all(
+            n in stage.artifacts and self.path(n).is_file() and sha256(self.path(n)) == stage.artifacts[n]
+            for n in needed
         )
 
-    def holds(self, done: Stage | None, wanted: Stage, needed: str, kind: type[BaseModel]) -> bool:
-        """Whether this is what is wanted, with its files intact and a record that `kind` describes."""
+    def holds(self, done: Stage | None, wanted: Stage, kind: type[BaseModel], *needed: str) -> bool:
+        """Whether this is what is wanted, with the needed files intact and a record that `kind` describes."""
         if done is None or (done.inputs, done.settings, done.seed) != (wanted.inputs, wanted.settings, wanted.seed):
             return False
-        return self.intact(done, needed) and done.told(kind) is not None
+        return self.intact(done, *needed) and done.told(kind) is not None
 
     # What each stage depends on. A hash that differs from the one its record holds makes the record stale.
 
@@ -167,7 +173,7 @@ class Subject:
             raise InputError(f"{self.root} has no reference yet; add one with: p3s mask PHOTO --pos X,Y -o {self.root}")
         for reference in self.manifest.references:
             stage = reference.mask
-            whole = stage is not None and self.intact(stage, reference.mask_file)
+            whole = stage is not None and self.intact(stage, *reference.made)
             if stage is None or stage.inputs != self.mask_inputs(reference, stage.settings) or not whole:
                 photo = self.path(reference.photo_file)
                 if not photo.is_file():  # as in what was imported

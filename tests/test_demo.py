@@ -7,7 +7,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from p3s_cli import demo as story
+from p3s_cli import story
 from p3s_cli.cli import app
 from p3s_cli.errors import InputError, P3SError
 

@@ -23,10 +23,10 @@ ALLOWED = {
     "stages": {"lock", "methods", "paper", "pictures", "sd", "segment", "subject"},
     "world": {"sd"},
     "benches": {"stages", "world", "evals", "lock", "methods", "sd", "segment", "subject"},
-    "demo": {"stages", "world", "evals", "pictures", "sd"},
+    "story": {"stages", "world", "evals", "pictures", "sd"},
     "setup": {"evals", "methods", "sd"},
     "pipeline": {"methods", "sd", "subject"},
-    "cli": {"stages", "benches", "demo", "methods", "setup"},  # of methods only the names
+    "cli": {"stages", "benches", "story", "methods", "setup"},  # of methods only the names
 }
 
 
@@ -87,6 +87,17 @@ def test_the_library_never_prints():
                 if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
             ]
             assert not any(c.func.id == "print" for c in calls), path
+
+
+def test_what_the_package_names_is_no_module_and_stays_what_it_is():
+    """A submodule of a function's name takes its place once it is imported, even by `from p3s_cli import` itself."""
+    script = (
+        "import p3s_cli; named = {}; "
+        "exec('from p3s_cli import ' + ', '.join(p3s_cli.__all__), named); "
+        "print([n for n in p3s_cli.__all__ if not callable(named[n]) or getattr(p3s_cli, n) is not named[n]])"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
 
 
 def test_help_subject_and_config_never_load_torch():

@@ -81,6 +81,9 @@ def test_tuning_keeps_what_the_autoencoder_makes_of_the_reference(tuned, world):
     assert metadata["stage"] == "finetune" and latents.keys() == {"references/00"}
     assert torch.allclose(latents["references/00"], square, atol=1e-4)
     assert "control/references.safetensors" in Subject.open(tuned).manifest.finetune.artifacts
+    (tuned / "control/references.safetensors").unlink()  # no stage reads it, so none misses it
+    assert stages.finetune(tuned, steps=2, family=world).unchanged
+    generate(tuned, world)
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])

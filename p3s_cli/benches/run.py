@@ -96,6 +96,7 @@ class Run:
         self._judged: set[tuple[str, ...]] = set()
         self._files: dict[tuple[str, str, str, int, str], str] = {}  # by `_picture`: where it lies today
         judge.load()  # before hours of drawing, not after
+        _ = stages.finetune, stages.generate  # imported now, for what is timed is no import
 
     def evaluate(self, entries: Sequence[Entry], cases: Sequence[Case]) -> Outcome:
         """Every entry on every case. Raises what the stages raise; what was made until then is kept."""
@@ -226,9 +227,8 @@ def _copy_control(source: Path, target: Path, method: str, family: Family) -> bo
     if subject.manifest.finetune != stage or not subject.intact(stage, CONTROL):
         subject.manifest.finetune = stage
         with subject.changing() as folder:
-            for name in stage.artifacts:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(owned.path(name), folder / name)
+            (folder / CONTROL).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(owned.path(CONTROL), folder / CONTROL)
     return True
 
 

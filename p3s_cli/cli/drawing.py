@@ -143,6 +143,6 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """The whole job on the bundled family, nothing to download. Two look-alikes are drawn, one is chosen and drawn anew."""
-    from p3s_cli import demo as story
+    from p3s_cli import story
 
     run_stage(story.demo, as_json, story.table, directory=directory, seed=seed, device=device, dtype=dtype, force=force)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -46,6 +48,9 @@ def _quiet(library: Any) -> Any:
 
 
 _quiet(transformers)
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # which it reads on import, whoever imports it
+if "diffusers" in sys.modules:
+    _quiet(sys.modules["diffusers"])
 
 
 @cache

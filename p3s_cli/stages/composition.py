@@ -15,7 +15,7 @@ from p3s_cli.errors import InputError
 from p3s_cli.lock import reading
 from p3s_cli.methods.base import check_pair
 from p3s_cli.sd import controlnet, hub, images
-from p3s_cli.subject import Subject, digest
+from p3s_cli.subject import CONTROL, Subject, digest
 
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")  # as peft writes it
 
@@ -61,7 +61,7 @@ class Composition:
         """Everything an image depends on, by content; empty if nothing joins."""
         parts = {
             "also": [
-                {"control": s.tuned().artifacts, "words": s.manifest.name, "strength": strength}
+                {"control": {CONTROL: s.tuned().artifacts[CONTROL]}, "words": s.manifest.name, "strength": strength}
                 for s, strength in self.also
             ],
             "guides": [

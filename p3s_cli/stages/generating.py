@@ -21,7 +21,7 @@ from p3s_cli.stages.composition import Composition, parse_size
 from p3s_cli.stages.drawing import Order, draw, parameters
 from p3s_cli.stages.output import Output
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import Subject
+from p3s_cli.subject import CONTROL, Subject
 
 _MOST = 1_000  # images of one call, which share a grid
 
@@ -172,7 +172,7 @@ def _record(order: Order) -> dict[str, Any]:
         "prompt": order.prompt,
         "text": order.words,
         "sampling": sampling,
-        "control": tuned.artifacts,
+        "control": {CONTROL: tuned.artifacts[CONTROL]},
         "base": tuned.settings["base_fingerprint"],
         "dtype": str(order.family.dtype).removeprefix("torch."),
         "safety_checker": order.safety_checker,

@@ -108,7 +108,7 @@ def mask(
         fills = inpaint and bool(clicks.negative or truth is not None)
         stage = _stage(subject, reference, options, seed, family if fills else None)
         renamed = _rename(subject, class_word) if class_word else []
-        unchanged = not force and subject.holds(reference.mask, stage, reference.mask_file, _Made)
+        unchanged = not force and subject.holds(reference.mask, stage, _Made, *reference.made)
         with subject.changing() as folder:
             if not unchanged:
                 report("finding the masks", 1, 3)

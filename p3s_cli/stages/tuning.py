@@ -30,6 +30,7 @@ from p3s_cli.sd.weights import save_tensors
 from p3s_cli.stages.progress import Progress, silent
 from p3s_cli.subject import CONTROL, Stage, Subject, digest, hashes
 
+_Tensors = dict[str, torch.Tensor]
 _CHECKPOINT = "control/.checkpoint-"
 _LATENTS = "control/references.safetensors"
 _SEEN_BY = "vision_fingerprint"  # the setting that tells the CLIP pair's weights
@@ -102,7 +103,7 @@ def finetune(
     inputs = subject.finetune_inputs(family.fingerprint)
     wanted = Stage(inputs=inputs, settings=options, seed=seed, artifacts={})
     run = f"{_CHECKPOINT}{inputs[:8]}-{digest(options, seed)[:16]}"  # and the memory profile it came to
-    if not force and subject.holds(subject.manifest.finetune, _as_told(wanted, subject), CONTROL, _Made):
+    if not force and subject.holds(subject.manifest.finetune, _as_told(wanted, subject), _Made, CONTROL):
         return _result(subject, recipe.steps, subject.tuned(), True, _tidy(subject, inputs, run))
     numbers: dict[str, float] = {}
 
@@ -111,16 +112,17 @@ def finetune(
         report(f"tuning, loss {numbers.get('denoising', 0):.4f}", step, total)
 
     # the checkpoint's name is what the run depends on, so a run with other settings never resumes from it
-    def fit(profile: str, saving: settings.MemoryProfile) -> tuple[str, dict[str, torch.Tensor]]:
+    def fit(profile: str, saving: settings.MemoryProfile) -> tuple[str, _Tensors, _Tensors]:
         checkpoint = Checkpoint(subject.path(f"{run}-{profile}"), last=False)  # 10 GB of SD v1-5, to be removed at once
         with exact(deterministic):
-            return profile, teacher.fit(Lesson(family, subject, replace(config, memory=saving), on_step, checkpoint))
+            latents = _latents(family, subject)  # first, as nothing may come between what is learnt and its place
+            lesson = Lesson(family, subject, replace(config, memory=saving), on_step, checkpoint)
+            return profile, teacher.fit(lesson), latents
 
-    (profile, tensors), trouble = within(profile, saving, fit, heeded="memory" in teacher.heeds)
+    (profile, tensors, latents), trouble = within(profile, saving, fit, heeded="memory" in teacher.heeds)
     halves = _halves(tensors)
     result = {"loss": numbers.get("denoising", 0.0), "skipped": int(numbers.get("skipped", 0)), "memory": profile}
     result["warnings"] = [trouble] if trouble else []
-    latents = _latents(family, subject)
     with subject.changing() as folder:
         save_tensors(folder / CONTROL, halves, options)
         save_tensors(folder / _LATENTS, latents, {"stage": "finetune", "base": family.source})
@@ -167,7 +169,7 @@ def _as_told(wanted: Stage, subject: Subject) -> Stage:
     return wanted.model_copy(update={"settings": {n: v for n, v in wanted.settings.items() if n != _SEEN_BY}})
 
 
-def _latents(family: Family, subject: Subject) -> dict[str, torch.Tensor]:
+def _latents(family: Family, subject: Subject) -> _Tensors:
     """Each reference without its look-alike, (4, h, w) of the family's square: for other tools, as methods encode views of their own."""
     photos, size = read_photos(subject), family.profile.image_size
     squares = torch.stack([look(p.pixels, base_view(p.mask), size) for p in photos])
@@ -175,7 +177,7 @@ def _latents(family: Family, subject: Subject) -> dict[str, torch.Tensor]:
     return dict(zip(folders, images.encode(family.vae, squares), strict=True))
 
 
-def _halves(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _halves(tensors: Mapping[str, torch.Tensor]) -> _Tensors:
     """The same in fp16, as they are kept. Raises P3SError if one is not finite in it."""
     halves = {k: t.half() for k, t in tensors.items()}
     if not all(torch.isfinite(t).all() for t in halves.values()):

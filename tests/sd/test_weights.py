@@ -11,6 +11,7 @@ import torch
 
 from p3s_cli.config import read_control
 from p3s_cli.errors import InputError
+from p3s_cli.methods.photos import mask_tensors
 from p3s_cli.sd.weights import HEADER_LIMIT, SCHEMA, load_tensors, save_tensors
 from p3s_cli.subject import SCHEMA as MANIFEST_SCHEMA
 from p3s_cli.subject import Subject, mask_layout
@@ -128,9 +129,8 @@ def test_a_subject_of_every_schema_is_read(version, tmp_path):
     subject.check_masks()
     subject.check_control(subject.tuned().settings["base_fingerprint"])
     reference = subject.manifest.references[0]
-    name = f"{reference.folder}/mask.safetensors"
-    tensors, _ = load_tensors(subject.path(name), mask_layout(reference), reference.mask.artifacts[name])
-    assert tensors["subject"].sum() > 0
+    tensors = mask_tensors(subject, reference)
+    assert tensors["subject"].sum() > 0 and tensors.keys() == mask_layout(reference).keys()
     control, sha = subject.path("control/control.safetensors"), subject.tuned().artifacts["control/control.safetensors"]
     tensors, metadata = load_tensors(control, sha=sha)
     assert all(t.dtype == torch.float16 for t in tensors.values()) and "rngr" in " ".join(tensors)
