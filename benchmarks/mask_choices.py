@@ -119,6 +119,8 @@ CHOICES = [
     Choice("start: the 3 x 3 patches at a click", swaps=((*_START, no_regions),)),
     Choice("start: all of the walk's region", swaps=((prototypes, "_core", whole_region),)),
     Choice("the walk's region alone, no prototypes", swaps=((segment, "agree", walk_alone),)),
+    Choice("prototypes learn from all of a mask", {"learn": 1.0}),
+    Choice("prototypes learn from half of it", {"learn": 0.5}),
     Choice("rounds: one", {"rounds": 1}),
     Choice("rounds: five", {"rounds": 5}),
     Choice("prototypes a side: one", {"prototypes": 1}),

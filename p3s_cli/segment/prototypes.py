@@ -3,8 +3,8 @@
 The clicks' regions (`walk.py`) start the subject's and the negative's prototypes, patches on the frame
 the background's. A patch is an object where an object's prototype is nearer than any of the background's,
 and belongs to the nearer of the two objects; for both, it also counts where the walk leads. Components
-apart from the clicks and their regions are dropped, the prototypes taken anew from the masks just found,
-and all of it repeated.
+apart from the clicks and their regions are dropped, the prototypes taken anew from the surest patches of
+the masks just found, and all of it repeated.
 
 The two objects are treated alike: swapping the points swaps the masks.
 """
@@ -95,12 +95,18 @@ def _contest(features, sides, cores, counts, objects, background, walked, config
     for _ in range(config.rounds):
         found = _judge(features, objects, background, *walked, config)
         masks = tied(found, sides, cores)
-        objects = [prototypes(features[m], k) if m.any() else o for m, k, o in zip(masks, counts, objects, strict=True)]
+        sure = [_surest(mask, found.objectness, config.learn) for mask in masks]
+        objects = [prototypes(features[m], k) if m.any() else o for m, k, o in zip(sure, counts, objects, strict=True)]
         # what lies next to an object is half object: learnt as background, it would eat the object from its rim
         rest = features[(found.objectness <= 0) & ~ndimage.binary_dilation(masks[0] | masks[1])]
         if len(rest) >= _LEAST_BACKGROUND:
             background = prototypes(rest, config.background_prototypes)
     return Competition(*masks, found.objectness, found.ownership)
+
+
+def _surest(mask: np.ndarray, objectness: np.ndarray, share: float) -> np.ndarray:
+    """The share of a mask that is an object most clearly: a house or a hill behind it, taken along, is less of one. (H_p, W_p) bool."""
+    return mask & (objectness >= np.quantile(objectness[mask], 1 - share)) if mask.any() else mask
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

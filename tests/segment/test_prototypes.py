@@ -1,10 +1,16 @@
 """Competition of prototypes on features made by hand, and the invariances a user would expect."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from p3s_cli.config import MaskConfig
+from p3s_cli.sd import images
 from p3s_cli.segment.prototypes import compete, holding, nearest, prototypes, unit
+from p3s_cli.stages.reference import embedding, select_masks
+from p3s_cli.world.render import click, render
+from p3s_cli.world.scenes import PHOTO_SIZE, lookalike_scene
 
 CONFIG = MaskConfig()
 
@@ -74,6 +80,19 @@ def test_prototypes_are_unit_centres_and_few_vectors_stand_for_themselves():
     assert np.allclose(np.sort((found @ centres.T).max(1)), 1, atol=0.01)
     few = prototypes(np.concatenate((centres, centres)), 5)
     assert few.shape == centres.shape and np.allclose((few @ centres.T).max(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [21_100_040, 21_100_060])
+def test_a_house_behind_the_subject_is_not_learnt_as_a_part_of_it(seed, world):
+    """Taken along in the first round it is less of an object than the subject; learnt from all the same, it stays."""
+    pixels, masks = render([lookalike_scene(seed)], size=PHOTO_SIZE)
+    photo, truth = images.to_tensor(images.to_pil(pixels[0])), masks[0, 0].numpy()
+    features = embedding(world.vision, CONFIG)(photo)
+    clicks = [[click(masks[0, side])] for side in (0, 1)]
+    learnt = [
+        select_masks(photo, features, *clicks, replace(CONFIG, learn=share)).subject.numpy() for share in (0.75, 1)
+    ]
+    assert overlap(learnt[0], truth) > 0.8 > 0.5 > overlap(learnt[1], truth)
 
 
 def test_small_parts():
