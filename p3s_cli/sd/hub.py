@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from p3s_cli import signals
 from p3s_cli.errors import InputError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -87,7 +88,9 @@ def from_pretrained(
     error = None
     for given in tries:
         try:
-            return kind.from_pretrained(where, local_files_only=True, **given, **options)
+            # what a signal raises inside, a library may take for a damaged file
+            with signals.deferred():
+                return kind.from_pretrained(where, local_files_only=True, **given, **options)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as caught:
             error = error or caught
     if Path(where).exists():

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from diffusers import ControlNetModel
 from huggingface_hub import constants
 from PIL import Image
 
-from p3s_cli import setup
+from p3s_cli import setup, signals
 from p3s_cli.errors import InputError
 from p3s_cli.sd import controlnet, hub, profile
 from p3s_cli.sd.family import load
@@ -93,6 +94,21 @@ def test_fetch_checks_what_is_there_and_names_the_damaged_file(cache):
     blob.write_bytes(blob.read_bytes()[:-1] + b"?")
     with pytest.raises(InputError, match="vae/diffusion_pytorch_model.safetensors is damaged and HF_HUB_OFFLINE"):
         setup.fetch(f"tiny/world@{COMMIT}")
+
+
+def test_an_interruption_while_a_model_is_read_is_no_damaged_model(tmp_path):
+    """A library in another language says what it likes of an exception that a signal raises inside it."""
+
+    class Reader:
+        @staticmethod
+        def from_pretrained(*args, **options):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException as error:
+                raise ValueError("a header that is too large") from error
+
+    with pytest.raises(signals.Interrupted), signals.raising():
+        hub.from_pretrained(Reader, str(tmp_path))
 
 
 def test_a_missing_shard_makes_a_part_missing(cache):
