@@ -31,11 +31,11 @@ from transformers import CLIPTokenizer
 
 import p3s_cli
 from p3s_cli.errors import P3SError
+from p3s_cli.manifest import read_manifest
 from p3s_cli.sd import images, text
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.stages.clicks import read_clicks
 from p3s_cli.stages.reference import Clicks
-from p3s_cli.subject import read_manifest
 
 PACKAGE = Path(p3s_cli.__file__).parent
 Target = Callable[[Path, bytes | str], None]

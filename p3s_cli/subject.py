@@ -1,7 +1,7 @@
-"""The subject directory: a versioned manifest, and who made which file from what. No torch in here.
+"""The subject directory: who made which file from what, and what is stale. No torch in here.
 
 dog/
-  subject.json                     the manifest below
+  subject.json                     the manifest (`manifest.py`)
   references/00/photo.png          the upright photo, without its EXIF
   references/00/mask.safetensors   similarity maps, masks, inpainted pixels
   references/00/overlay.png, inpainted.png
@@ -15,94 +15,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import shlex
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel
 
-from p3s_cli.atomic import committing, read_text, replacing, sha256
+from p3s_cli.atomic import committing, replacing, sha256
 from p3s_cli.config import PAPER_CONTROL, as_settings
 from p3s_cli.errors import InputError, P3SError, first_reason
+from p3s_cli.manifest import MANIFEST, Manifest, Reference, Stage, mask_command, parse, read_manifest
 
-SCHEMA = 1
-MANIFEST = "subject.json"
 CONTROL = "control/control.safetensors"
-Told = TypeVar("Told", bound=BaseModel)
 _TUNED = ("base", "base_fingerprint")  # settings without which a control is nobody's
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-def _inside(name: str) -> str:
-    """A relative path that stays inside the subject directory."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
-        raise ValueError(f"{name!r:.80} is not a path inside the subject directory")
-    return name
-
-
-class Stage(_Strict):
-    """A finished stage: what went in (as one hash), the settings and seed, the files that came out, with sha256."""
-
-    inputs: str
-    settings: dict[str, Any]
-    seed: int
-    artifacts: dict[Annotated[str, AfterValidator(_inside)], str]
-    result: dict[str, Any] = Field(default_factory=dict)
-
-    def told(self, kind: type[Told]) -> Told | None:
-        """The result as `kind` describes it; None for a record that no p3s wrote."""
-        try:
-            return kind.model_validate(self.result)
-        except ValidationError:
-            return None
-
-
-class Reference(_Strict):
-    """One photo of the subject; points are (x, y) pixels of the upright image."""
-
-    folder: str = Field(pattern=r"^references/[0-9]{2,6}$")
-    photo_sha256: str
-    width: int = Field(gt=0)
-    height: int = Field(gt=0)
-    positive: list[tuple[float, float]] = Field(min_length=1)
-    negative: list[tuple[float, float]] = Field(default_factory=list)
-    box: tuple[float, float, float, float] | None = None
-    mask: Stage | None = None
-
-    @property
-    def photo_file(self) -> str:
-        return f"{self.folder}/photo.png"
-
-    @property
-    def mask_file(self) -> str:
-        return f"{self.folder}/mask.safetensors"
-
-    @property
-    def made(self) -> tuple[str, ...]:
-        """What `p3s mask` made of it; the tensors among that, whatever the record says."""
-        return (self.mask_file, *(self.mask.artifacts if self.mask else ()))
-
-
-class Manifest(_Strict):
-    schema_version: Literal[1] = SCHEMA
-    class_word: str = Field(min_length=1)
-    class_score: float | None = None  # CLIP's score of a guessed class word, None for one that was given
-    identifier: str = Field(min_length=1)
-    model: str
-    references: list[Reference] = Field(default_factory=list)
-    finetune: Stage | None = None
-    generated: list[Stage] = Field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """What a prompt calls the subject."""
-        return f"{self.identifier} {self.class_word}"
 
 
 class Subject:
@@ -133,7 +59,7 @@ class Subject:
             yield folder
             text = json.dumps(self.manifest.model_dump(), indent=2, sort_keys=True) + "\n"
             try:
-                Manifest.model_validate(_parse(text))
+                Manifest.model_validate(parse(text))
             except ValueError as error:
                 raise InputError(
                     f"{self.root} was left as it was, for its new manifest could not be read again ({first_reason(error)})"
@@ -245,41 +171,6 @@ class Subject:
         return " ".join([self._finetune_command, *given])
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Raises InputError if it is missing, of a schema this version does not read, or does not hold together."""
-    try:
-        data = _parse(read_text(path))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(
-            f"{path.parent} is not a subject directory (it has no {path.name}); make one with: p3s mask PHOTO --pos X,Y -o {path.parent}"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}); restore it or make the subject again") from error
-    schema = data.get("schema_version") if isinstance(data, dict) else None
-    if type(schema) is int and schema != SCHEMA:
-        raise InputError(
-            f"{path} is not a manifest this version reads: its schema is {schema!s:.20}, ours {SCHEMA}; use the p3s that wrote it"
-        )
-    try:
-        return Manifest.model_validate(data)
-    except ValidationError as error:
-        raise InputError(
-            f"{path} is not a manifest this version reads ({first_reason(error)}); restore it or make the subject again"
-        ) from error
-
-
-def _parse(text: str) -> Any:
-    return json.loads(text, parse_float=_finite, parse_constant=_finite)
-
-
-def _finite(number: str) -> float:
-    """Python's JSON reads NaN, Infinity and 1e999, and no JSON that is written back may hold them."""
-    value = float(number)
-    if not math.isfinite(value):
-        raise ValueError(f"{number} is no number")
-    return value
-
-
 def mask_layout(reference: Reference) -> dict[str, tuple[str, tuple[int | None, ...]]]:
     """What a reference's mask.safetensors holds: name -> dtype and shape, None for any size."""
     height, width = reference.height, reference.width
@@ -299,24 +190,6 @@ FORMER_LATENT: tuple[str, tuple[int | None, ...]] = ("F32", (4, None, None))
 def hashes(folder: Path, *names: str) -> dict[str, str]:
     """sha256 of artifacts just written, by relative path."""
     return {name: sha256(folder / name) for name in names}
-
-
-def mask_command(photo: Path, reference: Reference, root: Path) -> str:
-    """The command that makes this reference's mask again."""
-    points = [
-        f"--{flag} {x:g},{y:g}"
-        for flag, group in (("pos", reference.positive), ("neg", reference.negative))
-        for x, y in group
-    ]
-    box = [f"--box {','.join(f'{v:g}' for v in reference.box)}"] if reference.box else []
-    made = reference.mask.settings if reference.mask else {}
-    usual = {"preset": "default", "vision": "clip"}
-    options = [f"--{o} {shlex.quote(str(made[o]))}" for o in usual if o in made and made[o] != usual[o]]
-    if made.get("inpainter_chosen") and made.get("inpainter"):
-        options.append(f"--inpainter {shlex.quote(str(made['inpainter']))}")
-    if reference.mask and reference.mask.seed:
-        options.append(f"--seed {reference.mask.seed}")
-    return f"p3s mask {shlex.quote(str(photo))} {' '.join([*points, *box, *options])} -o {shlex.quote(str(root))}"
 
 
 def digest(*parts: Any) -> str:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from p3s_cli import pictures, stages
 from p3s_cli.errors import InputError
+from p3s_cli.manifest import Reference, mask_command
 from p3s_cli.sd import images
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.stages.clicks import read_clicks, resolve_box, resolve_points
@@ -132,3 +133,16 @@ def test_grid_keeps_the_photo_and_labels_its_pixels(tmp_path, pair):
         stages.grid(tmp_path / "two.png", tmp_path / "two.png")
     assert drawn.width == 5 * 128  # enlarged by a whole number, so a line stands exactly on its pixel
     assert pictures.coordinate_grid(Image.new("RGB", (900, 600))).size == (900, 600)
+
+
+@pytest.mark.parametrize(
+    "point", [(0.0, 0.0), (1.0, 0.0), (0.127, 0.127), (0.5, 1.0), (0.999, 0.0), (64.25, 0.5), (3.0, 200.0)]
+)
+def test_the_command_that_refreshes_a_mask_says_the_points_it_has(point):
+    """A pixel of the first row and column is written as a fraction, for as pixels its numbers would be read as one."""
+    photo = {"folder": "references/00", "photo_sha256": "", "width": 256, "height": 300}
+    reference = Reference(**photo, positive=[point], box=(*point, 250.0, 280.5))
+    words = mask_command(Path("a.png"), reference, Path("a")).split()
+    (again,) = resolve_points([words[words.index("--pos") + 1]], 256, 300)
+    box = resolve_box(words[words.index("--box") + 1], 256, 300)
+    assert again == pytest.approx(point, abs=1e-4) and box == pytest.approx((*point, 250, 280.5), abs=1e-4)

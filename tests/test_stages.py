@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from p3s_cli import stages
 from p3s_cli.config import PACES, GenerateConfig, WeightSchedule
 from p3s_cli.errors import InputError, P3SError
+from p3s_cli.manifest import mask_command
 from p3s_cli.methods.base import Learnt
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.paper.points import Selection
@@ -29,7 +30,7 @@ from p3s_cli.segment.select import _warnings
 from p3s_cli.stages import generating
 from p3s_cli.stages.clicks import parse_point, resolve_points
 from p3s_cli.stages.reference import Clicks, _check_apart, _degenerate, guess_class
-from p3s_cli.subject import Subject, mask_command
+from p3s_cli.subject import Subject
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from p3s_cli.manifest import Reference
 from p3s_cli.methods.views import close_view, look
 from p3s_cli.sd import images
 from p3s_cli.sd.weights import load_tensors
-from p3s_cli.subject import FORMER_LATENT, Reference, Subject, mask_layout
+from p3s_cli.subject import FORMER_LATENT, Subject, mask_layout
 
 
 @dataclass(frozen=True)

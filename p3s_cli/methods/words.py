@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from p3s_cli.errors import InputError
+from p3s_cli.manifest import Manifest
 from p3s_cli.methods.denoising import training_copy
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family
-from p3s_cli.subject import Manifest
 
 
 class _Embedding(nn.Module):

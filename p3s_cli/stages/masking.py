@@ -15,6 +15,7 @@ from p3s_cli import config as settings
 from p3s_cli import pictures
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import writing
+from p3s_cli.manifest import Manifest, Reference, Stage
 from p3s_cli.sd import images, text
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
@@ -23,7 +24,7 @@ from p3s_cli.sd.profile import located
 from p3s_cli.stages import reference as work
 from p3s_cli.stages.clicks import PhotoClicks, read_clicks, twice
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import Manifest, Reference, Stage, Subject, digest
+from p3s_cli.subject import Subject, digest
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from PIL import Image
 
 from p3s_cli import pictures
 from p3s_cli.atomic import sha256
+from p3s_cli.manifest import Stage
 from p3s_cli.sd import images
-from p3s_cli.subject import Stage, Subject, digest, hashes
+from p3s_cli.subject import Subject, digest, hashes
 
 
 class Output:

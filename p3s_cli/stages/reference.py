@@ -13,6 +13,7 @@ from torch import Tensor
 from p3s_cli import pictures
 from p3s_cli.config import MaskConfig
 from p3s_cli.errors import InputError, P3SError
+from p3s_cli.manifest import Reference, Stage
 from p3s_cli.methods.photos import mask_tensors
 from p3s_cli.methods.views import close_view, look
 from p3s_cli.paper import points as points_as_printed
@@ -25,7 +26,7 @@ from p3s_cli.sd.vision import VisionTower
 from p3s_cli.sd.weights import save_tensors
 from p3s_cli.segment.select import select
 from p3s_cli.stages.clicks import resolve_box, resolve_points
-from p3s_cli.subject import Reference, Stage, Subject, hashes
+from p3s_cli.subject import Subject, hashes
 
 _CUT_BY_BOX = 0.1  # of the mask: less of it outside the box is a matter of its outline
 # around the subject, in its sizes, when CLIP names it: right for 0.885 of 288 look-alikes of `world`, 0.844 with 0.15

@@ -21,6 +21,7 @@ from torch import Tensor
 from p3s_cli import config as settings
 from p3s_cli.errors import InputError, first_reason
 from p3s_cli.lock import reading, unfinished, writing
+from p3s_cli.manifest import Manifest, Reference, Stage
 from p3s_cli.methods import lowrank
 from p3s_cli.methods.base import Learnt
 from p3s_cli.methods.photos import mask_tensors
@@ -29,7 +30,7 @@ from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
 from p3s_cli.sd.weights import load_metadata, load_tensors, save_tensors
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import CONTROL, FORMER_LATENT, Manifest, Reference, Stage, Subject, hashes, mask_layout
+from p3s_cli.subject import CONTROL, FORMER_LATENT, Subject, hashes, mask_layout
 
 FORMAT = 2  # factors in eight bits; 1, in sixteen, is read too
 

@@ -16,6 +16,7 @@ from p3s_cli import config as settings
 from p3s_cli import methods
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
+from p3s_cli.manifest import Stage
 from p3s_cli.methods.base import Lesson, Method
 from p3s_cli.methods.memory import choose, within
 from p3s_cli.methods.photos import read_photos
@@ -28,7 +29,7 @@ from p3s_cli.sd.fingerprints import fingerprint
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import save_tensors
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import CONTROL, Stage, Subject, digest, hashes
+from p3s_cli.subject import CONTROL, Subject, digest, hashes
 
 _Tensors = dict[str, torch.Tensor]
 _CHECKPOINT = "control/.checkpoint-"

@@ -11,9 +11,9 @@ import torch
 
 from p3s_cli.config import read_control
 from p3s_cli.errors import InputError
+from p3s_cli.manifest import SCHEMA as MANIFEST_SCHEMA
 from p3s_cli.methods.photos import mask_tensors
 from p3s_cli.sd.weights import HEADER_LIMIT, SCHEMA, load_tensors, save_tensors
-from p3s_cli.subject import SCHEMA as MANIFEST_SCHEMA
 from p3s_cli.subject import Subject, mask_layout
 
 GOLDEN = Path(__file__).parent.parent / "golden"
