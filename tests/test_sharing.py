@@ -23,7 +23,7 @@ from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd import family, images, single_file
 from p3s_cli.sd.family import load
 from p3s_cli.sd.weights import load_metadata, load_tensors, save_tensors
-from p3s_cli.stages.sharing import FORMAT
+from p3s_cli.stages.exported import FORMAT
 from p3s_cli.subject import CONTROL, Subject, hashes
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -7,32 +7,26 @@ Of a model that is a file or folder of the exporter's it has the name only, `./n
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from p3s_cli import config as settings
-from p3s_cli.errors import InputError, first_reason
+from p3s_cli.errors import InputError
 from p3s_cli.lock import reading, unfinished, writing
 from p3s_cli.manifest import Manifest, Reference, Stage
 from p3s_cli.methods import lowrank
 from p3s_cli.methods.base import Learnt
 from p3s_cli.methods.photos import mask_tensors
 from p3s_cli.paper.model import P3SControl
-from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
-from p3s_cli.sd.weights import load_metadata, load_tensors, save_tensors
+from p3s_cli.sd.weights import save_tensors
+from p3s_cli.stages.exported import FORMAT, Exported, Kept, packed, read_description, read_tensors, unpacked
 from p3s_cli.stages.progress import Progress, silent
-from p3s_cli.subject import CONTROL, FORMER_LATENT, Subject, hashes, mask_layout
-
-FORMAT = 2  # factors in eight bits; 1, in sixteen, is read too
+from p3s_cli.subject import CONTROL, Subject, hashes, mask_layout
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ def export_subject(
     parts = dict(tensors) if full else lowrank.split(tensors, family.unet, rank)
     error = lowrank.error(tensors, parts, family.unet)
     for i, mask in enumerate(masks):
-        parts |= {f"reference/{i}/{n}": _packed(t) if t.dtype == torch.uint8 else t for n, t in mask.items()}
+        parts |= {f"reference/{i}/{n}": packed(t) if t.dtype == torch.uint8 else t for n, t in mask.items()}
     described = _description(subject, None if full else rank, family.dtype)
     save_tensors(file, parts, described)
     return ExportResult(subject.root, file, file.stat().st_size, described["rank"], error)
@@ -101,7 +95,7 @@ def _check_free(file: Path, root: Path) -> None:
         )
     if file.exists():
         try:
-            _described(file)
+            read_description(file)
         except InputError as error:
             raise InputError(
                 f"{file} exists and is no subject that p3s export wrote; name another file with --output"
@@ -109,7 +103,7 @@ def _check_free(file: Path, root: Path) -> None:
 
 
 def _description(subject: Subject, rank: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What goes beside the tensors; `_Exported` reads it. `dtype`: of the base that the control is told from."""
+    """What goes beside the tensors; `Exported` reads it. `dtype`: of the base that the control is told from."""
     tuned, references = subject.tuned(), subject.manifest.references
     return {
         "format": FORMAT,
@@ -150,7 +144,7 @@ def import_subject(
     subject was tuned on, which its fingerprint tells.
     """
     report, file = on_progress or silent, Path(file)
-    described = _described(file)
+    described = read_description(file)
     root = Path(output) if output else Path(file.name.removesuffix(".safetensors").removesuffix(".p3s"))
     if root.exists() and not unfinished(root):
         raise InputError(f"{root} exists already; name another directory with --output")
@@ -163,8 +157,7 @@ def import_subject(
         )
     tuned = described.finetune | {"base": family.source, "vision": family.profile.clip}  # where they lie here
     shapes = _shapes(tuned, family)
-    former = {f"reference/{i}/latent": FORMER_LATENT for i in range(len(described.references))}
-    parts, _ = load_tensors(file, _layout(described, shapes), perhaps=former)
+    parts = read_tensors(file, described, shapes)
     control = _joined(described, parts, shapes, family) if described.rank else {n: parts[n] for n in shapes}
     manifest = Manifest(class_word=described.class_word, identifier=described.identifier, model=family.source)
     subject = Subject(root, manifest)
@@ -182,7 +175,7 @@ def import_subject(
     return ImportResult(root, manifest.class_word, tuned["base"])
 
 
-def _base(file: Path, described: _Exported, model: str | None, vision: str | None, device: str) -> Family:
+def _base(file: Path, described: Exported, model: str | None, vision: str | None, device: str) -> Family:
     """The family that the file is made on. Raises InputError, with the option, for a model that is not here."""
     base = _place(file, model, described.finetune["base"], "--model")
     pair = _place(file, vision, described.finetune.get("vision"), "--vision")
@@ -200,7 +193,7 @@ def _place(file: Path, given: str | None, theirs: Any, option: str) -> Any:
 
 
 def _joined(
-    described: _Exported, parts: dict[str, Tensor], shapes: dict[str, torch.Size], family: Family
+    described: Exported, parts: dict[str, Tensor], shapes: dict[str, torch.Size], family: Family
 ) -> dict[str, Tensor]:
     """The control, told from a base of the dtype it was split from; one in another than float32 is loaded for that."""
     if described.base_dtype is None:
@@ -209,60 +202,6 @@ def _joined(
     if family.dtype not in (dtype, torch.float32):
         family = Family(family.source, family.profile, "cpu", torch.float32)
     return lowrank.join(parts, shapes, family.unet, dtype)
-
-
-class _Kept(Reference):
-    """A reference as it is exported: the settings of its mask stand where the stage was."""
-
-    mask: dict[str, Any]  # type: ignore[assignment]
-
-
-class _Exported(BaseModel):
-    """The description in an exported file."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-    format: int
-    rank: int | None = Field(gt=0)
-    base_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # older files do not say
-    class_word: str = Field(min_length=1)
-    identifier: str = Field(min_length=1)
-    model: str
-    finetune: dict[str, Any]
-    seed: int
-    result: dict[str, Any]
-    references: list[_Kept] = Field(min_length=1)
-
-
-def _described(file: Path) -> _Exported:
-    """Raises InputError if the file holds no description that p3s export wrote."""
-    metadata = load_metadata(file)
-    try:
-        if metadata.get("format") not in range(1, FORMAT + 1):
-            raise ValueError(
-                f"its format is {metadata.get('format')!r:.20}, and this version of p3s reads up to {FORMAT}"
-            )
-        described = _Exported.model_validate(metadata)
-        if not all(isinstance(described.finetune.get(name), str) for name in ("base", "base_fingerprint")):
-            raise ValueError("it names no base")
-        if not isinstance(described.finetune.get("vision", ""), str):
-            raise ValueError("it names no CLIP pair")
-        return described
-    except ValueError as error:
-        raise InputError(
-            f"{file} is not a subject that p3s export wrote ({first_reason(error)}); give such a file"
-        ) from error
-
-
-def _layout(described: _Exported, shapes: dict[str, torch.Size]) -> dict[str, tuple[str, tuple[int | None, ...]]]:
-    """What the file must hold: the control of these shapes, and each reference's tensors, pixels packed."""
-    wanted: dict[str, tuple[str, tuple[int | None, ...]]] = dict(
-        lowrank.layout(shapes, described.rank, described.format > 1)
-    )
-    for i, kept in enumerate(described.references):
-        for name, (dtype, shape) in mask_layout(kept).items():
-            wanted[f"reference/{i}/{name}"] = (dtype, (None,) if dtype == "U8" else shape)
-    return wanted
 
 
 def _shapes(tuned: dict, family: Family) -> dict[str, torch.Size]:
@@ -274,35 +213,17 @@ def _shapes(tuned: dict, family: Family) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in control.named_parameters()}
 
 
-def _reference(file: Path, subject: Subject, folder: Path, parts: dict[str, Tensor], i: int, kept: _Kept) -> Reference:
+def _reference(file: Path, subject: Subject, folder: Path, parts: dict[str, Tensor], i: int, kept: Kept) -> Reference:
     reference = Reference(**kept.model_dump(exclude={"mask"}))
     name, layout = reference.mask_file, mask_layout(reference)
     found = {n: parts[f"reference/{i}/{n}"] for n in layout}
     try:
-        unpacked = {n: _unpacked(t, layout[n][1]) if t.dtype == torch.uint8 else t for n, t in found.items()}
+        tensors = {n: unpacked(t, layout[n][1]) if t.dtype == torch.uint8 else t for n, t in found.items()}
     except Exception as error:  # whatever a parser runs into in a file that anyone may have made
         raise InputError(
             f"{file} holds no readable picture of {reference.folder} ({error}); export it again"
         ) from error
-    save_tensors(folder / name, unpacked, {"stage": "import"})
+    save_tensors(folder / name, tensors, {"stage": "import"})
     inputs = subject.mask_inputs(reference, kept.mask)
     reference.mask = Stage(inputs=inputs, settings=kept.mask, seed=0, artifacts=hashes(folder, name))
     return reference
-
-
-def _packed(pixels: Tensor) -> Tensor:
-    """uint8 (3, H, W) or (H, W) as the bytes of a PNG, which loses nothing and is a fraction as large."""
-    buffer = io.BytesIO()
-    array = pixels.permute(1, 2, 0) if pixels.ndim == 3 else pixels
-    Image.fromarray(array.contiguous().numpy()).save(buffer, format="PNG")
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def _unpacked(data: Tensor, shape: tuple[int | None, ...]) -> Tensor:
-    """`_packed` undone. Raises ValueError, before anything is unpacked, for a picture of another shape."""
-    with Image.open(io.BytesIO(data.numpy().tobytes()), formats=("PNG",)) as image:
-        size, mode = (shape[-1], shape[-2]), "RGB" if len(shape) == 3 else "L"
-        if image.size != size or image.mode != mode or image.width * image.height > images.MAX_PIXELS:
-            raise ValueError(f"it is {image.mode} of {image.width} x {image.height} pixels")
-        array = torch.from_numpy(np.array(image))
-    return array.permute(2, 0, 1) if array.ndim == 3 else array
