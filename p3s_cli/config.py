@@ -34,7 +34,9 @@ class MaskConfig:
     prototypes: int = 4  # for each side, however many clicks it has
     background_prototypes: int = 10
     rounds: int = 3  # of competition
-    learn: float = 0.75  # share of a mask's patches that its prototypes are learnt from: those that are surest objects
+    learn: float = (
+        0.75  # beside where the walk leads, the share of a mask that its prototypes learn from: the surest objects
+    )
     likeness: float = 1.0  # weight of being like an object, against being unlike the background
     smooth: float = 0.7  # Gaussian over the patches' scores, in patches
     nearness: float = 0.25  # weight of where the walk leads, against cosines

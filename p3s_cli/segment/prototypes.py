@@ -3,8 +3,8 @@
 The clicks' regions (`walk.py`) start the subject's and the negative's prototypes, patches on the frame
 the background's. A patch is an object where an object's prototype is nearer than any of the background's,
 and belongs to the nearer of the two objects; for both, it also counts where the walk leads. Components
-apart from the clicks and their regions are dropped, the prototypes taken anew from the surest patches of
-the masks just found, and all of it repeated.
+apart from the clicks and their regions are dropped, the prototypes taken anew from what of the masks just
+found is surest, and all of it repeated.
 
 The two objects are treated alike: swapping the points swaps the masks.
 """
@@ -64,7 +64,7 @@ def compete(
     for limit in (np.median(likeness[frame]), np.quantile(likeness, 0.8)):
         background = features[frame & (likeness <= limit)]
         if found is None or len(background) >= _LEAST_BACKGROUND:
-            found = _contest(features, sides, cores, counts, objects, background, walked, config)
+            found = _contest(features, sides, cores, counts, objects, background, regions, walked, config)
         if (found.subject | found.negative)[frame].mean() <= _FRAME_SHARE:
             break
     return replace(found, regions=tuple(regions))
@@ -89,13 +89,13 @@ def _core(region: np.ndarray, seeds: Sequence[tuple[int, int]], like_frame: np.n
     return core
 
 
-def _contest(features, sides, cores, counts, objects, background, walked, config: MaskConfig) -> Competition:
+def _contest(features, sides, cores, counts, objects, background, regions, walked, config: MaskConfig) -> Competition:
     """Rounds of judging and learning anew, from a first set of object prototypes and background patches."""
     background = prototypes(background, config.background_prototypes)
     for _ in range(config.rounds):
         found = _judge(features, objects, background, *walked, config)
         masks = tied(found, sides, cores)
-        sure = [_surest(mask, found.objectness, config.learn) for mask in masks]
+        sure = [_surest(m, region, found.objectness, config.learn) for m, region in zip(masks, regions, strict=True)]
         objects = [prototypes(features[m], k) if m.any() else o for m, k, o in zip(sure, counts, objects, strict=True)]
         # what lies next to an object is half object: learnt as background, it would eat the object from its rim
         rest = features[(found.objectness <= 0) & ~ndimage.binary_dilation(masks[0] | masks[1])]
@@ -104,9 +104,13 @@ def _contest(features, sides, cores, counts, objects, background, walked, config
     return Competition(*masks, found.objectness, found.ownership)
 
 
-def _surest(mask: np.ndarray, objectness: np.ndarray, share: float) -> np.ndarray:
-    """The share of a mask that is an object most clearly: a house or a hill behind it, taken along, is less of one. (H_p, W_p) bool."""
-    return mask & (objectness >= np.quantile(objectness[mask], 1 - share)) if mask.any() else mask
+def _surest(mask: np.ndarray, region: np.ndarray, objectness: np.ndarray, share: float) -> np.ndarray:
+    """What of a mask is no ground taken along: where the walk leads as well, and the share that is an object most clearly.
+
+    A house or a hill behind the subject is less of an object than that, and so may its legs and tyres be, to which the
+    walk leads. (H_p, W_p) bool.
+    """
+    return mask & (region | (objectness >= np.quantile(objectness[mask], 1 - share))) if mask.any() else mask
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

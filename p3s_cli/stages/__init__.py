@@ -15,8 +15,9 @@ import lazy_loader
 if TYPE_CHECKING:
     from p3s_cli.stages.clicks import PhotoClicks, read_clicks
     from p3s_cli.stages.generating import GenerateResult, generate
+    from p3s_cli.stages.grids import grid, grid_many
     from p3s_cli.stages.many import Failed, finetune_many, read_jobs
-    from p3s_cli.stages.masking import MaskResult, grid, grid_many, mask, mask_many
+    from p3s_cli.stages.masking import MaskResult, mask, mask_many
     from p3s_cli.stages.progress import Progress
     from p3s_cli.stages.reference import Truth
     from p3s_cli.stages.sharing import ExportResult, ImportResult, export_subject, import_subject
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "clicks": ["PhotoClicks", "read_clicks"],
     "generating": ["GenerateResult", "generate"],
+    "grids": ["grid", "grid_many"],
     "many": ["Failed", "finetune_many", "read_jobs"],
-    "masking": ["MaskResult", "grid", "grid_many", "mask", "mask_many"],
+    "masking": ["MaskResult", "mask", "mask_many"],
     "progress": ["Progress"],
     "reference": ["Truth"],
     "sharing": ["ExportResult", "ImportResult", "export_subject", "import_subject"],

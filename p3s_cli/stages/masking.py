@@ -12,7 +12,6 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from p3s_cli import config as settings
-from p3s_cli import pictures
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import writing
 from p3s_cli.manifest import Manifest, Reference, Stage
@@ -265,26 +264,3 @@ def _naming(photo: Path) -> Iterator[None]:
         yield
     except P3SError as error:
         raise type(error)(str(error) if str(photo) in str(error) else f"{photo}: {error}") from error
-
-
-def grid(photo: Path | str, output: Path | str | None = None) -> Path:
-    """Write the upright photo under a labelled coordinate grid, for choosing points without a mouse.
-
-    Returns the picture's path, `<stem>-grid.png` in the current folder by default. Raises InputError where that is the
-    photo itself.
-    """
-    photo = Path(photo)
-    path = Path(output) if output else Path(f"{photo.stem}-grid.png")
-    if path.exists() and photo.exists() and path.samefile(photo):
-        raise InputError(f"the grid would take the place of {photo} itself; name another file with --output")
-    images.save_png(path, pictures.coordinate_grid(images.load_image(photo)))
-    return path
-
-
-def grid_many(photos: Sequence[Path | str], output: Path | str | None = None) -> list[Path]:
-    """`grid` for several photos. Raises InputError for two that would be one picture, and for several with one `output`."""
-    if output is not None and len(photos) > 1:
-        raise InputError("several photos make several grids; leave out --output, or give one photo")
-    if output is None and (stem := twice(Path(p).stem for p in photos)):
-        raise InputError(f"two of the photos would be {stem}-grid.png; give one of them by itself, with -o")
-    return [grid(photo, output) for photo in photos]
