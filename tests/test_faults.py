@@ -126,7 +126,7 @@ def test_two_runs_with_the_same_seed_are_the_same_bytes(photo, tiny_family, tmp_
         stages.finetune(root, steps=2, family=tiny_family)
         stages.generate(root, PROMPT, n=2, steps=2, family=tiny_family)
         found.append(contents(root))
-    assert found[0] == found[1] and len(found[0]) == 9
+    assert found[0] == found[1] and len(found[0]) == 10
 
 
 def test_a_quota_in_mid_run_costs_nothing(subject, tiny_family, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import CLIPTokenizer
 
@@ -49,3 +50,10 @@ def test_captions_are_tokenised_word_by_word_as_they_are_whole():
     captions = [caption(sample_scene(seed), seed, full=seed % 2 == 0) for seed in range(300)] + [""]
     whole = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     assert torch.equal(Tokens(tokenizer)(captions).long(), whole)
+
+
+@pytest.mark.parametrize(("processor", "dtype"), [("AVX512", torch.bfloat16), ("AVX2", torch.float32)])
+def test_no_processor_is_asked_for_a_precision_that_it_only_emulates(tmp_path, monkeypatch, processor, dtype):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    with Workshop(tmp_path, "cpu", seed=0, scenes=0).autocast():
+        assert torch.nn.functional.linear(torch.ones(1, 2), torch.ones(3, 2)).dtype == dtype
