@@ -19,6 +19,7 @@ from p3s_cli.methods import memory
 from p3s_cli.sd import controlnet, hub, integrity
 from p3s_cli.sd import family as families
 from p3s_cli.sd import profile as profiles
+from p3s_cli.sd.devices import resolve_device, resolve_dtype
 from p3s_cli.sd.hub import Part
 
 _FAMILIES = ("world",)  # whose name is a protocol's as well, which has nothing to fetch
@@ -99,8 +100,8 @@ def doctor(
     fetched. Raises InputError for an unknown model, device or dtype.
     """
     wanted = Wanted(model, vision, inpainter, tuple(control or ()))
-    profile, device = wanted.profile, families.resolve_device(device)
-    kind = families.resolve_dtype(dtype, device)
+    profile, device = wanted.profile, resolve_device(device)
+    kind = resolve_dtype(dtype, device)
     parts = (*_checkpoint(profile), *(_state(p) for p in wanted.parts))
     name, chosen = memory.choose("auto", profile, device, kind)
     sizes, batch = memory.Sizes.of(profile), int(profile.finetune["batch"])

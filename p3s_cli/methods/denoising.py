@@ -16,6 +16,7 @@ from p3s_cli.paper.injection import Recording
 from p3s_cli.paper.losses import denoising_loss
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family
+from p3s_cli.sd.libraries import diffusers
 from p3s_cli.sd.sample import Eps
 from p3s_cli.sd.train import sent
 
@@ -24,9 +25,7 @@ _PATCHES = 0.7  # of the shifts that `astray` makes, how much differs from one p
 
 def alphas_cumprod(family: Family) -> Tensor:
     """The family's cumulative alphas (T,), on its device."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(family.scheduler_config).alphas_cumprod.to(family.device)
+    return diffusers().DDPMScheduler.from_config(family.scheduler_config).alphas_cumprod.to(family.device)
 
 
 def add_noise(

@@ -10,15 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Iterator, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -26,7 +23,9 @@ from p3s_cli.atomic import sha256
 from p3s_cli.errors import InputError
 from p3s_cli.sd import hub, single_file
 from p3s_cli.sd import profile as profiles
+from p3s_cli.sd.devices import resolve_device, resolve_dtype
 from p3s_cli.sd.hub import Part
+from p3s_cli.sd.libraries import diffusers
 from p3s_cli.sd.profile import CLASSICAL, Profile
 from p3s_cli.sd.vision import ClipPair, VisionTower
 from p3s_cli.sd.vocabulary import clip_tokenizer, read_tokenizer
@@ -38,27 +37,6 @@ if TYPE_CHECKING:
 _VIT = ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
 _ENCODERS = ("text_encoder", "vae", "vision")
 TOWERS = {"dinov2": "facebook/dinov2-small@ed25f3a31f01632728cabb09d1542f84ab7b0056"}
-
-
-def _quiet(library: Any) -> Any:
-    """The library without its notices and progress bars, which are for its own users; ours read one sentence."""
-    library.utils.logging.set_verbosity_error()
-    library.utils.logging.disable_progress_bar()
-    return library
-
-
-_quiet(transformers)
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # which it reads on import, whoever imports it
-if "diffusers" in sys.modules:
-    _quiet(sys.modules["diffusers"])
-
-
-@cache
-def _diffusers() -> Any:
-    """At first need: it takes longer to import than masks take to find, and these need none of it."""
-    import diffusers
-
-    return _quiet(diffusers)
 
 
 class Family:
@@ -73,11 +51,11 @@ class Family:
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
-        return self._frozen(self._base_part(_diffusers().UNet2DConditionModel, "unet"))
+        return self._frozen(self._base_part(diffusers().UNet2DConditionModel, "unet"))
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        vae = self._frozen(self._base_part(_diffusers().AutoencoderKL, "vae"))
+        vae = self._frozen(self._base_part(diffusers().AutoencoderKL, "vae"))
         return vae.float() if self.dtype == torch.float16 else vae  # SD's VAE overflows in fp16
 
     @cached_property
@@ -97,7 +75,7 @@ class Family:
         """
         if self.profile.single:
             return single_file.scheduler_config(Path(self.profile.base))
-        found = hub.from_pretrained(_diffusers().DDIMScheduler, self.profile.base, "scheduler", fetch=self.fetch)
+        found = hub.from_pretrained(diffusers().DDIMScheduler, self.profile.base, "scheduler", fetch=self.fetch)
         config = dict(found.config)
         ours = {"clip_sample": False, "steps_offset": 1}
         unsaid = [name for name in config.get("_use_default_values", ()) if name not in ours]
@@ -176,7 +154,7 @@ class Family:
     def _sibling(self, source: str, fetch: str) -> UNet2DConditionModel:
         if Path(source).suffix == ".safetensors":
             return self._frozen(single_file.load_part(Path(source), "unet"))
-        return self._frozen(hub.load(_diffusers().UNet2DConditionModel, self.profile.part("inpainter"), fetch))
+        return self._frozen(hub.load(diffusers().UNet2DConditionModel, self.profile.part("inpainter"), fetch))
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
@@ -197,7 +175,7 @@ class Family:
         """diffusers' safety checker and its preprocessing, where the base has one, as its model_index.json says."""
         if self.profile.single or not hub.lists(self.profile.base, "safety_checker", online=True):
             return None
-        _diffusers()
+        diffusers()
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers import CLIPImageProcessor  # speaks up on import unless told not to, as it is by now
 
@@ -272,38 +250,6 @@ def tower(name: str) -> Part:
     if not Path(where).is_dir() and not hub.is_id(where):
         raise InputError(f"no vision tower is called {name!r}; use clip, {', '.join(TOWERS)}, a folder or a hub id")
     return Part("masks", where, weights="model", also=("preprocessor_config.json",))
-
-
-def resolve_device(name: str) -> str:
-    """`auto` prefers CUDA, then MPS, then the CPU. Raises InputError where the asked one is absent."""
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    count = {"cuda": cards, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if name == "auto":
-        return next(kind for kind, devices in count.items() if devices)
-    try:
-        device = torch.device(name)
-    except RuntimeError:  # such as cpu:abc
-        device = None
-    if device is None or device.type not in count:
-        raise InputError(f"no device is called {name!r}; choose one of: auto, cuda, mps, cpu")
-    if (device.index or 0) >= count[device.type]:
-        raise InputError(f"this machine has no {name} device that torch can use; try --device auto")
-    return name
-
-
-def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA, float16 on cards that only emulate that (before Ampere), float32 elsewhere."""
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name == "auto":
-        return _half(device) if device.startswith("cuda") else torch.float32
-    if name not in kinds:
-        raise InputError(f"no dtype is called {name!r}; choose one of: auto, {', '.join(kinds)}")
-    return kinds[name]
-
-
-def _half(device: str) -> torch.dtype:
-    with torch.cuda.device(device):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _statistics(part: Part) -> tuple[list[float], list[float]]:
