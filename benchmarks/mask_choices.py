@@ -94,9 +94,9 @@ def walk_alone(features, positive, negative, config: MaskConfig) -> prototypes.C
     return prototypes.Competition(subject, other, np.abs(score), score, (subject, other))
 
 
-def whose_alone(features, objects, background, within, nearer, config) -> prototypes.Competition:
+def whose_alone(given, objects, background, config) -> prototypes.Competition:
     """The walk decides between the two objects, and between object and background only likeness does."""
-    return _judge(features, objects, background, np.zeros_like(within), nearer, config)
+    return _judge(replace(given, within=np.zeros_like(given.within)), objects, background, config)
 
 
 _core, _judge = prototypes._core, prototypes._judge

@@ -40,6 +40,18 @@ class Competition:
     regions: tuple[np.ndarray, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What the clicks and the walk say before anything is learnt; of pairs, the subject's and the negative's."""
+
+    features: np.ndarray  # (H_p, W_p, D), unit vectors
+    sides: Sequence[Sequence[Point]]
+    regions: Sequence[np.ndarray]  # where the walk leads, (H_p, W_p) bool
+    cores: Sequence[np.ndarray]  # what of them is least like the frame
+    within: np.ndarray  # (H_p, W_p), the walk's say in what is an object,
+    nearer: np.ndarray  # and in whose it is
+
+
 def compete(
     features: np.ndarray, positive: Sequence[Point], negative: Sequence[Point], config: MaskConfig
 ) -> Competition:
@@ -49,25 +61,26 @@ def compete(
     be cut by the frame. Where the objects then take most of the frame, that half was only the sky and
     the ground is taken for an object: once more, with all of the frame but what is most like them.
     """
-    features = unit(features)
-    sides = [sorted(positive), sorted(negative)]  # the order of clicks must not matter
-    seeds = [[patch_of(p, features.shape[:2]) for p in points] for points in sides]
-    counts = [config.prototypes for _ in sides]
-    like_frame = walk.frame_likeness(features)
-    potentials = walk.potentials(features, sides)
-    regions, walked = walk.regions(potentials, sides), (walk.within(potentials), walk.nearer(potentials))
-    cores = [_core(region, s, like_frame) for region, s in zip(regions, seeds, strict=True)]
-    objects = [prototypes(features[core], k) for core, k in zip(cores, counts, strict=True)]
-    likeness = np.maximum(*(nearest(features, o) for o in objects))
+    given = _given(unit(features), [sorted(positive), sorted(negative)])  # the order of clicks must not matter
+    objects = [prototypes(given.features[core], config.prototypes) for core in given.cores]
+    likeness = np.maximum(*(nearest(given.features, o) for o in objects))
     frame = walk.frame_of(likeness.shape)
     found = None
     for limit in (np.median(likeness[frame]), np.quantile(likeness, 0.8)):
-        background = features[frame & (likeness <= limit)]
+        background = given.features[frame & (likeness <= limit)]
         if found is None or len(background) >= _LEAST_BACKGROUND:
-            found = _contest(features, sides, cores, counts, objects, background, regions, walked, config)
+            found = _contest(given, objects, background, config)
         if (found.subject | found.negative)[frame].mean() <= _FRAME_SHARE:
             break
-    return replace(found, regions=tuple(regions))
+    return replace(found, regions=tuple(given.regions))
+
+
+def _given(features: np.ndarray, sides: Sequence[Sequence[Point]]) -> _Given:
+    potentials, like_frame = walk.potentials(features, sides), walk.frame_likeness(features)
+    regions = walk.regions(potentials, sides)
+    seeds = [[patch_of(p, features.shape[:2]) for p in points] for points in sides]
+    cores = [_core(region, s, like_frame) for region, s in zip(regions, seeds, strict=True)]
+    return _Given(features, sides, regions, cores, walk.within(potentials), walk.nearer(potentials))
 
 
 def _core(region: np.ndarray, seeds: Sequence[tuple[int, int]], like_frame: np.ndarray) -> np.ndarray:
@@ -89,14 +102,18 @@ def _core(region: np.ndarray, seeds: Sequence[tuple[int, int]], like_frame: np.n
     return core
 
 
-def _contest(features, sides, cores, counts, objects, background, regions, walked, config: MaskConfig) -> Competition:
-    """Rounds of judging and learning anew, from a first set of object prototypes and background patches."""
-    background = prototypes(background, config.background_prototypes)
+def _contest(given: _Given, objects: Sequence[np.ndarray], background: np.ndarray, config: MaskConfig) -> Competition:
+    """Rounds of judging and learning anew, from a first set of object prototypes and background patches (n, D)."""
+    features, background = given.features, prototypes(background, config.background_prototypes)
     for _ in range(config.rounds):
-        found = _judge(features, objects, background, *walked, config)
-        masks = tied(found, sides, cores)
-        sure = [_surest(m, region, found.objectness, config.learn) for m, region in zip(masks, regions, strict=True)]
-        objects = [prototypes(features[m], k) if m.any() else o for m, k, o in zip(sure, counts, objects, strict=True)]
+        found = _judge(given, objects, background, config)
+        masks = tied(found, given.sides, given.cores)
+        objects = [
+            prototypes(features[_surest(mask, region, found.objectness, config.learn)], config.prototypes)
+            if mask.any()
+            else former
+            for mask, region, former in zip(masks, given.regions, objects, strict=True)
+        ]
         # what lies next to an object is half object: learnt as background, it would eat the object from its rim
         rest = features[(found.objectness <= 0) & ~ndimage.binary_dilation(masks[0] | masks[1])]
         if len(rest) >= _LEAST_BACKGROUND:
@@ -108,9 +125,9 @@ def _surest(mask: np.ndarray, region: np.ndarray, objectness: np.ndarray, share:
     """What of a mask is no ground taken along: where the walk leads as well, and the share that is an object most clearly.
 
     A house or a hill behind the subject is less of an object than that, and so may its legs and tyres be, to which the
-    walk leads. (H_p, W_p) bool.
+    walk leads. The mask, not an empty one, and what is returned are (H_p, W_p) bool.
     """
-    return mask & (region | (objectness >= np.quantile(objectness[mask], 1 - share))) if mask.any() else mask
+    return mask & (region | (objectness >= np.quantile(objectness[mask], 1 - share)))
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -137,17 +154,17 @@ def nearest(features: np.ndarray, prototype_set: np.ndarray) -> np.ndarray:
     return (features @ prototype_set.T).max(-1)
 
 
-def _judge(features, objects, background, within, nearer, config: MaskConfig) -> Competition:
+def _judge(given: _Given, objects: Sequence[np.ndarray], background: np.ndarray, config: MaskConfig) -> Competition:
     """One round: scores of every patch, before components are tied to clicks."""
-    subject, negative = (nearest(features, o) for o in objects)
-    objectness = config.likeness * np.maximum(subject, negative) - nearest(features, background)
-    objectness = ndimage.gaussian_filter(objectness + config.nearness * within, config.smooth)
+    subject, negative = (nearest(given.features, o) for o in objects)
+    objectness = config.likeness * np.maximum(subject, negative) - nearest(given.features, background)
+    objectness = ndimage.gaussian_filter(objectness + config.nearness * given.within, config.smooth)
     # Otsu's threshold may fall between two kinds of background; below 0 the background is the nearer one anyway
     threshold = max(0.0, float(threshold_otsu(objectness))) if np.ptp(objectness) > 0 else 0.0
     if not len(objects[1]):  # no negative click: every object is the subject's
         ownership = np.ones_like(objectness)
     else:
-        ownership = ndimage.gaussian_filter(subject - negative + config.nearness * nearer, config.smooth)
+        ownership = ndimage.gaussian_filter(subject - negative + config.nearness * given.nearer, config.smooth)
     above = objectness > threshold
     return Competition(above & (ownership > 0), above & (ownership < 0), objectness - threshold, ownership)
 

@@ -93,5 +93,6 @@ def test_where_likeness_says_nothing_the_walk_says_what_is_an_object():
     features, inside = np.ones((8, 8, 2)) / np.sqrt(2), np.zeros((8, 8))
     inside[2:5, 2:6] = 0.5
     alike, no_blur = [features[0, :1], features[0, :0]], replace(MaskConfig(), smooth=1e-3)
-    won = prototypes._judge(features, alike, features[0, :1], inside, np.ones((8, 8)), no_blur)
+    given = prototypes._Given(features, [], [], [], inside, np.ones((8, 8)))
+    won = prototypes._judge(given, alike, features[0, :1], no_blur)
     assert np.array_equal(won.subject, inside > 0)
