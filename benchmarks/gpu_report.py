@@ -1,0 +1,78 @@
+"""What `gpu.py` finds, told at once and kept after each part, so that nothing is lost when the time is up."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+STARTED = time.perf_counter()
+
+import torch  # noqa: E402
+from speed import peak_gigabytes  # noqa: E402
+from tables import machine, markdown  # noqa: E402
+
+BARS = {
+    "300 steps, captured, seconds": 6.0,
+    "train_step_vs_floor": 4.0,
+    "generate_vs_plain": 1.9,
+    "generate_captured_vs_plain": 1.35,
+    "fast_vs_plain": 0.6,
+}
+
+
+class Report:
+    """What was found, printed at once and kept on disk."""
+
+    def __init__(self, out: Path, seconds: float):
+        self.out, self.seconds, self.found = out, seconds, {}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def tell(self, **numbers: float) -> None:
+        for name, value in numbers.items():
+            print(
+                f"{time.perf_counter() - STARTED:6.1f}  {name.replace('__', ', ').replace('_of_', ' of ')}: {value:.4g}",
+                flush=True,
+            )
+        self.found |= numbers
+
+    def part(self, what: str, cost: float, work: Callable[[], dict[str, float] | None]) -> None:
+        """Do a part that takes about `cost` seconds on a card, if there are so many; with the most memory it took."""
+        gone = time.perf_counter() - STARTED
+        if gone + cost > self.seconds:
+            print(f"{gone:6.1f}  {what}: skipped, no time left", flush=True)
+            return
+        print(f"{gone:6.1f}  -- {what}", flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            self.tell(**(work() or {}))
+            if torch.cuda.is_available():
+                self.tell(**{f"peak GB, {what}": peak_gigabytes("cuda")})
+        except Exception:
+            print(f"{what} failed\n{traceback.format_exc()}", flush=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        self.save()
+
+    def save(self) -> None:
+        rows = [{"what": n, "found": float(v), "bar": BARS.get(n, "")} for n, v in self.found.items()]
+        (self.out / "speed-gpu.json").write_text(json.dumps({n: round(v, 5) for n, v in self.found.items()}))
+        if rows:
+            (self.out / "speed-gpu.md").write_text(f"{machine()}\n\n{markdown(rows)}\n")
+
+
+class Dropped(logging.Handler):
+    """Counts the recordings that did not hold, and prints why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        logging.getLogger("p3s_cli.methods.captured").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += 1
+        print(f"        {record.getMessage()}", flush=True)
