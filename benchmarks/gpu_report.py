@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import time
@@ -9,11 +10,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-STARTED = time.perf_counter()
-
-import torch  # noqa: E402
-from speed import peak_gigabytes  # noqa: E402
-from tables import machine, markdown  # noqa: E402
+import torch
+from speed import peak_gigabytes
+from tables import machine, markdown
 
 BARS = {
     "300 steps, captured, seconds": 6.0,
@@ -25,28 +24,30 @@ BARS = {
 
 
 class Report:
-    """What was found, printed at once and kept on disk."""
+    """What was found, printed at once and kept on disk. `seconds` count from `started`, of `time.perf_counter`."""
 
-    def __init__(self, out: Path, seconds: float):
-        self.out, self.seconds, self.found = out, seconds, {}
+    def __init__(self, out: Path, seconds: float, started: float):
+        self.out, self.seconds, self.started, self.found = out, seconds, started, {}
         out.mkdir(parents=True, exist_ok=True)
 
     def tell(self, **numbers: float) -> None:
         for name, value in numbers.items():
             print(
-                f"{time.perf_counter() - STARTED:6.1f}  {name.replace('__', ', ').replace('_of_', ' of ')}: {value:.4g}",
+                f"{time.perf_counter() - self.started:6.1f}  {name.replace('__', ', ').replace('_of_', ' of ')}: {value:.4g}",
                 flush=True,
             )
         self.found |= numbers
 
     def part(self, what: str, cost: float, work: Callable[[], dict[str, float] | None]) -> None:
         """Do a part that takes about `cost` seconds on a card, if there are so many; with the most memory it took."""
-        gone = time.perf_counter() - STARTED
+        gone = time.perf_counter() - self.started
         if gone + cost > self.seconds:
             print(f"{gone:6.1f}  {what}: skipped, no time left", flush=True)
             return
         print(f"{gone:6.1f}  -- {what}", flush=True)
+        gc.collect()
         if torch.cuda.is_available():
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
             self.tell(**(work() or {}))
@@ -71,8 +72,10 @@ class Dropped(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
-        logging.getLogger("p3s_cli.methods.captured").addHandler(self)
+        logger = logging.getLogger("p3s_cli.methods.captured")
+        logger.addHandler(self)
+        logger.setLevel(logging.DEBUG)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.count += 1
-        print(f"        {record.getMessage()}", flush=True)
+        self.count += record.levelno >= logging.WARNING  # what follows it says where from
+        print(f"        {self.format(record)}", flush=True)

@@ -75,6 +75,7 @@ class Training:
         self.family, self.subject, self.dropped, self.steps = family, subject, dropped, steps
         self.runs: dict[str, Run] = {}
         self.learnt: Learnt | None = None
+        self.holds = False  # whether the last recorded run was recorded to its end
 
     def tuning(self, captured: bool, most: int = 40) -> dict[str, float]:
         """A run of at most so many steps, which is enough for its step, and beside the eager one's losses."""
@@ -85,20 +86,22 @@ class Training:
         if self.learnt is None:
             halves = {n: t.to(self.family.device, torch.float16) for n, t in run.tensors.items()}
             self.learnt = Learnt(self.subject, halves, as_settings(recipe))
-        run.tensors = {}
+        # what is zero before the first step is, after the last, all that was learnt
+        run.tensors = {name: t for name, t in run.tensors.items() if name.startswith("zero_")}
         found = {
             f"training step, {kind}, ms": run.step * 1e3,
             f"{self.steps} steps, {kind}, seconds": run.clock[-1] - run.clock[0] + (self.steps - steps) * run.step,
             f"before the first step's end, {kind}, seconds": run.clock[0] - run.started,
         }
         if captured:
-            found |= {"recordings dropped in training": self.dropped.count - before} | self.losses()
+            self.holds = self.dropped.count == before
+            found |= {"recordings dropped in training": self.dropped.count - before} | self.losses() | self.learning()
         return found
 
     def whole_run(self) -> dict[str, float] | None:
         """Every step of a run, where recorded ones hold: eager ones were extrapolated above."""
-        if self.dropped.count:
-            print("        not made: a recording was dropped", flush=True)
+        if not self.holds:
+            print("        not made: the recording was dropped", flush=True)
             return None
         return self.tuning(True, self.steps)
 
@@ -122,6 +125,17 @@ class Training:
         pairs = list(zip(self.runs["eager"].losses[:10], self.runs["captured"].losses[:10], strict=True))
         print("losses, eager and captured:", [(round(a, 4), round(b, 4)) for a, b in pairs], flush=True)
         return {"losses of 10 steps, captured vs eager, largest difference": max(abs(b / a - 1) for a, b in pairs)}
+
+    def learning(self) -> dict[str, float]:
+        """What as many steps of both kinds have moved the zero convolutions by; ten losses hardly depend on it."""
+        eager, captured = (self.runs[kind] if kind in self.runs else None for kind in ("eager", "captured"))
+        if eager is None or len(eager.clock) != len(captured.clock):
+            return {}
+        a, b = (torch.cat([t.flatten().float() for _, t in sorted(r.tensors.items())]) for r in (eager, captured))
+        return {
+            "what was learnt, captured with eager, cosine": torch.cosine_similarity(a, b, dim=0).item(),
+            "what was learnt, captured over eager, length": (b.norm() / a.norm()).item(),
+        }
 
     def kernels(self) -> dict[str, float]:
         """What one captured training step launches, by kind of kernel."""

@@ -68,6 +68,10 @@ class Reference(_Strict):
         return f"{self.folder}/mask.safetensors"
 
     @property
+    def maps_file(self) -> str:
+        return f"{self.folder}/maps.png"
+
+    @property
     def made(self) -> tuple[str, ...]:
         """What `p3s mask` made of it; the tensors among that, whatever the record says."""
         return (self.mask_file, *(self.mask.artifacts if self.mask else ()))

@@ -184,7 +184,7 @@ class P3SPipeline(StableDiffusionPipeline):
         return lambda step: controls.speaker([g for g in guides if g.speaks(step, self.num_timesteps)])
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """The base in diffusers' layout, ControlNets, the CLIP pair, and the subjects without their outputs."""
+        """The base in diffusers' layout, ControlNets, the CLIP pair, and the subjects without their outputs and what `p3s eval` made of them."""
         folder, (_, subjects) = Path(save_directory), self.__dict__["_p3s"]
         super().save_pretrained(folder, **kwargs)
         family = self._family()
@@ -193,7 +193,7 @@ class P3SPipeline(StableDiffusionPipeline):
         own = replace(family.profile, base=".", clip="clip")
         (folder / "p3s.json").write_text(json.dumps(asdict(own), indent=2))
         for i, subject in enumerate(subjects):
-            left_out = shutil.ignore_patterns("outputs", ".*")
+            left_out = shutil.ignore_patterns("outputs", "eval", ".*")
             shutil.copytree(subject.root, folder / _SUBJECTS / f"{i:02d}", ignore=left_out, dirs_exist_ok=True)
         for other in (folder / _SUBJECTS).glob("[0-9][0-9]"):  # of another pipeline that was saved here before
             if int(other.name) >= len(subjects):

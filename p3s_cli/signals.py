@@ -48,10 +48,12 @@ def deferred() -> Iterator[Callable[[], bool]]:
             signal.raise_signal(number)
         came.append(number)
 
-    with _handling(handle):
-        yield lambda: bool(came)
-    if came:
-        signal.raise_signal(came[0])
+    try:
+        with _handling(handle):
+            yield lambda: bool(came)
+    finally:  # also where what was going on has failed: whoever would try again is not asked to
+        if came:
+            signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager

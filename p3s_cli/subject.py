@@ -90,8 +90,14 @@ class Subject:
         return digest(reference.photo_sha256, reference.positive, reference.negative, reference.box, settings)
 
     def finetune_inputs(self, base_fingerprint: str) -> str:
-        masks = [r.mask.artifacts if r.mask else None for r in self.manifest.references]
-        return digest(masks, self.manifest.class_word, self.manifest.identifier, base_fingerprint)
+        return digest(self._masks(), self.manifest.class_word, self.manifest.identifier, base_fingerprint)
+
+    def masks(self) -> str:
+        """What the masks are, whatever is tuned on them."""
+        return digest(self._masks())
+
+    def _masks(self) -> list[dict[str, str] | None]:
+        return [r.mask.artifacts if r.mask else None for r in self.manifest.references]
 
     def check_masks(self) -> None:
         """Raises InputError with the command to run, if a reference's mask is missing, altered or older than its points."""

@@ -189,3 +189,15 @@ def test_a_subject_tuned_by_a_rival_is_drawn_by_it(home, pair, method):
     other = p3s("finetune", "two", "--method", "hyper")
     assert other.exit_code == 2 and "no method is called 'hyper'; choose one of: p3s, dreambooth" in other.stderr
     assert (home / "two/subject.json").read_bytes() == before
+
+
+def test_a_device_without_room_is_one_sentence(home, monkeypatch):
+    def full(*args, **options):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("p3s_cli.stages.masking.load", full)
+    result = p3s("mask", "two.png", "--pos", "18,32", "-o", "it", "--model", "world")
+    assert (
+        result.exit_code == 1
+        and result.stderr == "p3s: out of memory; free some of the device's, or use another --device\n"
+    )

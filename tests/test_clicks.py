@@ -1,6 +1,7 @@
 """Points from files, boxes, and the pictures that help to choose them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,14 @@ def test_a_box_stands_for_its_middle_and_bounds_the_mask(world, tmp_path):
     assert mask.any() and not outside.any()
     assert made.pictures[-1].name == "maps.png" and made.pictures[-1].is_file()
     assert not any("box" in w for w in made.warnings)
+    stages.mask(tmp_path / "two.png", box=box, output=tmp_path / "s", **options)
+    assert made.pictures[-1].is_file()  # nothing has changed
     half = (box[0], box[1], sum(box[::2]) // 2, box[3])
     made = stages.mask(tmp_path / "two.png", box=half, output=tmp_path / "h", **options)
     assert any("the box cuts" in w and "widen it" in w for w in made.warnings)
+    shutil.copy(tmp_path / "s/references/00/maps.png", tmp_path / "h/references/00")
+    stages.mask(tmp_path / "two.png", box=box, output=tmp_path / "h", **options)
+    assert not (tmp_path / "h/references/00/maps.png").exists()  # those were of the former clicks
 
 
 def test_fractions_as_numbers_are_not_taken_for_pixels_of_the_corner(tmp_path):

@@ -102,6 +102,13 @@ def test_a_signal_while_tensors_are_read_is_no_damage(tmp_path, monkeypatch):
         load_tensors(tmp_path / "x.safetensors")
 
 
+def test_a_signal_that_waits_for_what_then_fails_is_not_forgotten():
+    """Or a run that is out of memory, and has been told to stop, would begin again with less."""
+    with pytest.raises(signals.Interrupted), signals.raising(), signals.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        raise MemoryError
+
+
 def test_a_run_stopped_by_a_signal_has_a_checkpoint_and_goes_on_to_the_same_manifest(subject, tiny_family, tmp_path):
     shutil.copytree(subject, tmp_path / "other")
     stages.finetune(subject, steps=4, family=tiny_family)

@@ -54,7 +54,9 @@ def test_it_draws_what_the_sampler_draws_calls_back_and_survives_being_saved(tun
     off = pipe("a [V] pet on beach", subject_strength=0.0, **options).images
     assert (off - theirs).abs().max() > 1e-3
 
+    (tuned / "eval").mkdir()  # of p3s eval, which may hold many tunings
     pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved/subjects/00/eval").exists() and (tmp_path / "saved/subjects/00/control").is_dir()
     again = P3SPipeline.from_pretrained(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
     assert torch.equal(again("a [V] pet on beach", **options).images, theirs)

@@ -14,6 +14,7 @@ import p3s_cli
 from p3s_cli import stages
 from p3s_cli.benches.evaluate import evaluate_world
 from p3s_cli.errors import InputError
+from p3s_cli.sd.family import load
 from p3s_cli.stages.clicks import parse_point
 from p3s_cli.subject import Subject
 
@@ -56,6 +57,10 @@ def test_a_run_that_was_interrupted_outlives_others_on_the_same_masks(subject, p
     for _ in range(2):  # made, and found to be there
         (warning,) = stages.finetune(subject, steps=1, family=tiny_family).warnings
         assert run.name in warning and "give its command again" in warning and (run / "state").is_file()
+    other = load(tiny_family.source, "cpu")
+    other.__dict__["fingerprint"] = "of another base"
+    (warning,) = stages.finetune(subject, steps=1, family=other).warnings
+    assert run.name in warning and (run / "state").is_file()
     (run / "state").unlink()
     assert stages.finetune(subject, steps=4, family=tiny_family).warnings == ()
     assert not run.exists()

@@ -22,6 +22,7 @@ from p3s_cli.evals.truth import Result, Truth
 from p3s_cli.lock import writing
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family, load
+from p3s_cli.sd.profile import located
 from p3s_cli.stages.progress import silent
 from p3s_cli.subject import Subject
 
@@ -128,7 +129,7 @@ def evaluate_subject(
     root = Path(directory)
     manifest = Subject.open(root).manifest
     tuned = manifest.finetune.settings if manifest.finetune else {}
-    base = model or tuned.get("base") or manifest.model
+    base = located(model or tuned.get("base") or manifest.model)
     vision = tuned.get("vision") if base == tuned.get("base") else None  # another base has its own
     family = family or load(base, device, dtype, vision)
     entries = rivals(names or ("p3s",), methods.NAMES, ("published",))

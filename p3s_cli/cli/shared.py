@@ -61,6 +61,13 @@ def run_stage(stage: Callable[..., Any], as_json: bool, show: Callable[[Any], li
     except OSError as error:
         print(f"p3s: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         raise typer.Exit(1) from None
+    except RuntimeError as error:
+        if "out of memory" not in str(
+            error
+        ):  # as every device says it; tuning and drawing go on with less before they do
+            raise
+        print("p3s: out of memory; free some of the device's, or use another --device", file=sys.stderr)
+        raise typer.Exit(1) from None
     _say(json.dumps(_plain(result), default=str) if as_json else "\n".join(show(result)))
     return result
 

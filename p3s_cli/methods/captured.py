@@ -64,14 +64,21 @@ class Untrue(RuntimeError):
 class Recording(Generic[R]):
     """Work on `given`, recorded, and all that the recording needs.
 
-    `parts` groups the tensors of the results; each group is compared as one.
+    `parts` groups the tensors of the results; each group is compared as one. `written` is what the work itself writes
+    before it reads it. `work` must not hold whoever holds the recording: in a circle, the card's memory would be free only when
+    Python next looks for circles.
     """
 
     def __init__(
-        self, work: Callable[[], R], given: list[Tensor], parts: Callable[[R], list[list[Tensor]]], record: Record
+        self,
+        work: Callable[[], R],
+        given: list[Tensor],
+        parts: Callable[[R], list[list[Tensor]]],
+        record: Record,
+        written: Sequence[Tensor] = (),
     ):
         # held for as long as there are replays: a graph knows addresses and keeps nothing alive that lies there
-        self._work, self._given, self._parts = work, given, parts
+        self._work, self._given, self._parts, self._written = work, given, parts, written
         self._replay, self._results = record(work)
         self.proofs = 0
 
@@ -88,10 +95,11 @@ class Recording(Generic[R]):
         """
         _copy(self._given, given)
         truth, eager = _timed(self._work)
+        _spoil(self._written)  # or a replay that leaves it out would live on what the work has written
         _, replay = _timed(self._replay)
         pairs = zip(self._parts(self._results), self._parts(truth), strict=True)
-        if not all(_near(found, true) for found, true in pairs):
-            raise Untrue("a replay gave other numbers than its work")
+        if apart := [d for d in (_apart(found, true) for found, true in pairs) if not d <= _TOLERANCE]:
+            raise Untrue(f"a replay gave other numbers than its work, apart by {apart[0]:.2g} of their norm")
         if self.proofs and replay > _SLOWER * eager:  # the first one has the graph to bring to the card
             raise Untrue(f"a replay took {replay * 1e3:.0f} ms, its work {eager * 1e3:.0f}")
         self.proofs += 1
@@ -127,7 +135,8 @@ class Graphed:
         if recording is None:
             fixed = [t.clone() for t in given]
             arguments, options = nested.filled((arguments, options), iter(fixed))
-            work = lambda: self._function(*arguments, **options)  # noqa: E731
+            function = self._function
+            work = lambda: function(*arguments, **options)  # noqa: E731
             recording = self._recorded[shape] = Recording(work, fixed, _one_by_one, self._record)
         proving = recording.proofs < PROOFS
         results = recording.proved(given) if proving else recording.replayed(given)
@@ -199,12 +208,12 @@ class CapturedLoss:
         working = copy.deepcopy(self._model).to(self._dtype)
         weights = list(working.parameters())
         fixed = [t.clone() for t in nested.tensors(draws[0])]
-        drawn = nested.filled(draws[0], iter(fixed))
+        drawn, compute = nested.filled(draws[0], iter(fixed)), self._loss.compute
 
         def work() -> _Step:
             with torch.no_grad():
                 _copy(weights, masters)
-            value, numbers = self._loss.compute(drawn, working)
+            value, numbers = compute(drawn, working)
             gradients = torch.autograd.grad(value, weights, allow_unused=True)
             wide = [None if g is None else torch.empty_like(m) for g, m in zip(gradients, masters, strict=True)]
             there = [w for w in wide if w is not None]
@@ -212,7 +221,7 @@ class CapturedLoss:
             value = value.detach()
             return _Step(value, numbers, wide, torch.stack([value.float(), nn.utils.get_total_norm(there).float()]))
 
-        recording = Recording(work, fixed, _Step.parts, self._record)
+        recording = Recording(work, fixed, _Step.parts, self._record, weights)
         for one in draws:
             recording.proved(nested.tensors(one))
         return recording
@@ -239,7 +248,10 @@ class CapturedLoss:
 
 
 def _told(error: RuntimeError) -> None:
-    _log.warning("no CUDA graph here, going on without: %s", str(error).split("\n")[0])
+    """The first line of the error; where a recording broke off, of the one that broke it as well, and all of both for a debugger."""
+    causes = [e for e in (error, error.__context__) if e is not None]
+    _log.warning("no CUDA graph here, going on without: %s", ", after: ".join(str(e).split("\n")[0] for e in causes))
+    _log.debug("where it came from", exc_info=error)
 
 
 def _timed(work: Callable[[], R]) -> tuple[R, float]:
@@ -260,14 +272,22 @@ def _one_by_one(results: Any) -> list[list[Tensor]]:
 
 
 @torch.no_grad()
-def _near(found: Sequence[Tensor], truth: Sequence[Tensor]) -> bool:
-    """Whether these are finite and, taken as one vector, apart by no more than `_TOLERANCE` of its norm."""
+def _apart(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """How far these are apart, taken as one vector, in units of its norm; infinity or not a number where either is not finite."""
     apart = [torch.linalg.vector_norm(a.float() - b.float()) for a, b in zip(found, truth, strict=True)]
     size = [torch.linalg.vector_norm(b.float()) for b in truth]
     apart, size = (torch.linalg.vector_norm(torch.stack(norms)).item() for norms in (apart, size))
-    return math.isfinite(size) and apart <= _TOLERANCE * size  # never so where one is not a number
+    if not math.isfinite(size):
+        return math.nan
+    return apart / size if size else math.inf if apart else 0.0
 
 
 def _copy(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     if into:
         torch._foreach_copy_(list(into), list(source))
+
+
+@torch.no_grad()
+def _spoil(tensors: Sequence[Tensor]) -> None:
+    if tensors:
+        torch._foreach_zero_(list(tensors))

@@ -48,7 +48,12 @@ class Sizes:
     def of(cls, profile: Profile) -> Sizes:
         """From the family's own configurations where they are on this machine, else from SD v1-5's."""
         names = ("unet", "vae", "text_encoder", "clip")
-        return cls._counted(profile.image_size, *(_config(profile, n).read_text() for n in names))
+        found = [_config(profile, n) for n in names]
+        try:
+            return cls._counted(profile.image_size, *(path.read_text() for path in found))
+        except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+            places = ", ".join(str(path) for path in found)
+            raise InputError(f"one of {places} is no configuration of its model ({error}); restore it") from error
 
     @classmethod
     @functools.cache

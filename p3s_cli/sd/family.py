@@ -199,6 +199,8 @@ class Family:
         for name in ("unet", "vae", "text_encoder"):
             part = self.profile.part(name)
             inside = hub.folder(part)
+            if inside is None and hub.is_id(part.source):
+                inside = hub.bring(part, self.fetch)  # no stage before may have needed it
             if inside is None:
                 raise InputError(f"{part.where} is not on this machine yet; fetch it with: {self.fetch}")
             # what else lies there, other precisions and formats, is not loaded and says nothing of the base

@@ -231,7 +231,10 @@ def lists(source: str, component: str, online: bool = False) -> bool:
             index = bring(Part("index", source, any_of=("model_index.json",))) / "model_index.json"
     if index is None or not index.is_file():
         return True
-    return bool((json.loads(index.read_text()).get(component) or [None])[0])
+    try:
+        return bool((json.loads(index.read_text()).get(component) or [None])[0])
+    except (ValueError, AttributeError, TypeError, LookupError):  # damaged; whoever loads the part says more
+        return True
 
 
 def bring(part: Part, fetch: str = "p3s fetch") -> Path:

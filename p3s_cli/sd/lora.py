@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from p3s_cli import signals
 from p3s_cli.errors import InputError
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.pipeline import pipeline
@@ -63,7 +64,8 @@ def read(path: Path) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
         raise InputError(f"{path} is neither .safetensors nor a folder that peft wrote; only safetensors are loaded")
     try:
-        tensors = load_file(file)
+        with signals.deferred():  # in the middle of a file, an interruption would pass for damage
+            tensors = load_file(file)
         if not path.is_dir():
             return _scaled(tensors, _header(file))
         config = json.loads((path / "adapter_config.json").read_text())

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from p3s_cli import signals
 from p3s_cli.errors import InputError
 from p3s_cli.sd import hub
 
@@ -40,18 +41,23 @@ def load_part(path: Path, part: str, configs: Path = CONFIGS) -> Any:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
     try:
-        if part == "text_encoder":
-            return _text_encoder(path, configs)
-        kind, options = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part], {}
-        if part == "unet":  # 4 channels, or 9 of an inpainting model
-            options["in_channels"] = _shape(path, _FIRST_CONVOLUTION)[1]
-        model = kind.from_single_file(str(path), config=str(configs), subfolder=part, local_files_only=True, **options)
-        return _whole(model)
+        with signals.deferred():  # in the middle of a file, an interruption would pass for damage
+            return _text_encoder(path, configs) if part not in kinds else _converted(kinds[part], path, part, configs)
     except (SingleFileComponentError, SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{path} holds no {part} of the SD v1 layout ({hub.first_line(error)}); give a full SD v1 checkpoint or a diffusers folder"
         ) from error
+
+
+def _converted(kind: Any, path: Path, part: str, configs: Path) -> nn.Module:
+    options = {}
+    if part == "unet":  # 4 channels, or 9 of an inpainting model
+        options["in_channels"] = _shape(path, _FIRST_CONVOLUTION)[1]
+    return _whole(
+        kind.from_single_file(str(path), config=str(configs), subfolder=part, local_files_only=True, **options)
+    )
 
 
 def _whole(model: nn.Module) -> nn.Module:

@@ -118,6 +118,8 @@ def mask(
                 stage = _stage(subject, reference, options, seed, family if fills else None)
                 reference.mask = work.write(folder, reference, picture, made, stage)
                 _guess(subject, family, picture, made)
+        if not (unchanged or maps):  # those of former points
+            subject.path(reference.maps_file).unlink(missing_ok=True)
         report("done", 3, 3)
         result = _result(subject, reference, unchanged)
         drawn = (work.write_maps(subject, reference, picture),) if maps else ()

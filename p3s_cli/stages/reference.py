@@ -227,7 +227,7 @@ def write_maps(subject: Subject, reference: Reference, picture: Image.Image) -> 
     """Eq. 1's maps over the photo, for the eye; no artifact that anything depends on."""
     tensors = mask_tensors(subject, reference)
     shown = [(n, pictures.heatmap(picture, tensors[f"{n}_map"].numpy())) for n in ("positive", "negative")]
-    path = subject.path(f"{reference.folder}/maps.png")
+    path = subject.path(reference.maps_file)
     images.save_png(path, pictures.sheet([("similarity to the points", shown)]))
     return path
 

@@ -103,9 +103,10 @@ def finetune(
     options = _options(teacher, recipe, memory, family)
     inputs = subject.finetune_inputs(family.fingerprint)
     wanted = Stage(inputs=inputs, settings=options, seed=seed, artifacts={})
-    run = f"{_CHECKPOINT}{inputs[:8]}-{digest(options, seed)[:16]}"  # and the memory profile it came to
+    masks = f"{_CHECKPOINT}{subject.masks()[:8]}-"
+    run = f"{masks}{digest(inputs, options, seed)[:16]}"  # and the memory profile it came to
     if not force and subject.holds(subject.manifest.finetune, _as_told(wanted, subject), _Made, CONTROL):
-        return _result(subject, recipe.steps, subject.tuned(), True, _tidy(subject, inputs, run))
+        return _result(subject, recipe.steps, subject.tuned(), True, _tidy(subject, masks, run))
     numbers: dict[str, float] = {}
 
     def on_step(step: int, total: int, means: dict[str, float]) -> None:
@@ -129,7 +130,7 @@ def finetune(
         save_tensors(folder / _LATENTS, latents, {"stage": "finetune", "base": family.source})
         made = {"artifacts": hashes(folder, CONTROL, _LATENTS), "result": result}
         subject.manifest.finetune = wanted.model_copy(update=made)
-    return _result(subject, recipe.steps, subject.manifest.finetune, False, _tidy(subject, inputs, run))
+    return _result(subject, recipe.steps, subject.manifest.finetune, False, _tidy(subject, masks, run))
 
 
 def _check_heeded(teacher: Method, preset: bool, memory: bool, vision: bool, compiled: bool) -> None:
@@ -186,13 +187,12 @@ def _halves(tensors: Mapping[str, torch.Tensor]) -> _Tensors:
     return halves
 
 
-def _tidy(subject: Subject, inputs: str, run: str) -> list[str]:
+def _tidy(subject: Subject, masks: str, run: str) -> list[str]:
     """Remove checkpoints of this run, which is over, and of other masks, with which none can go on. Sentences on the rest."""
     rest = []
     for folder in sorted(subject.root.glob(f"{_CHECKPOINT}*")):
-        if folder.name.startswith(Path(f"{_CHECKPOINT}{inputs[:8]}").name) and not folder.name.startswith(
-            Path(run).name
-        ):
+        of_these, of_this = (folder.name.startswith(Path(prefix).name) for prefix in (masks, run))
+        if of_these and not of_this:
             rest.append(
                 f"{folder} is kept, of a run with other settings: give its command again to go on, or remove it"
             )

@@ -145,6 +145,10 @@ def test_it_is_judged_through_what_it_was_tuned_through(subject, monkeypatch):
     monkeypatch.setitem(benches.evaluate_subject.__globals__, "load", asked)
     with pytest.raises(InputError, match="base2', 'cpu', 'auto', 'clip2'"):
         evaluate(subject)
+    (subject.parent / "base2").mkdir()
+    monkeypatch.chdir(subject.parent)
+    with pytest.raises(InputError, match="base2', 'cpu', 'auto', 'clip2'"):
+        evaluate(subject, model="base2")  # the same one, as one names it here
 
 
 def test_rows_of_earlier_settings_stay_in_the_file_and_out_of_the_means(subject):

@@ -1,8 +1,10 @@
 """What a recording replays is what the passes do themselves: here recorded by calling them again, on the CPU."""
 
 import dataclasses
+import gc
 import itertools
 import weakref
+from unittest import mock
 
 import pytest
 import tiny
@@ -62,7 +64,25 @@ def stale(work):
     return lambda: None, results
 
 
+def forgets(work):
+    """A recording whose replays leave out to take over what the step before has learnt."""
+    taken = captured._copy
+
+    def copied(into, source):
+        if not (into and isinstance(into[0], nn.Parameter)):
+            taken(into, source)
+
+    replay, results = again(work)
+
+    def forget():
+        with mock.patch.object(captured, "_copy", copied):
+            replay()
+
+    return forget, results
+
+
 WITHOUT = "no CUDA graph here, going on without"
+OTHER = f"{WITHOUT}: a replay gave other numbers than its work, apart by "
 LIARS = {"nan": lies(lambda t: t * float("nan")), "larger": lies(lambda t: 1.05 * t), "stale": stale}
 
 
@@ -116,14 +136,15 @@ def test_a_recorded_step_learns_the_same_bits(lesson, recorded_by, record):
     assert all(torch.equal(tensors[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize("liar", LIARS)
+@pytest.mark.parametrize("liar", [*LIARS.values(), forgets], ids=[*LIARS, "forgets"])
 def test_a_step_recorded_wrongly_is_learnt_without(lesson, recorded_by, caplog, liar):
     """The same bits, and one line: its replays are held against the work itself before one of them counts."""
     plain, told = learn(lesson)
-    recorded_by(LIARS[liar])
+    recorded_by(liar)
     tensors, heard = learn(lesson)
     assert heard == told and all(torch.equal(tensors[name], plain[name]) for name in plain)
-    assert [r.message for r in caplog.records] == [f"{WITHOUT}: a replay gave other numbers than its work"]
+    (record,) = caplog.records
+    assert record.message.startswith(OTHER)
 
 
 def test_a_recording_that_holds_is_kept(lesson, recorded_by, monkeypatch, caplog):
@@ -158,10 +179,51 @@ def test_a_step_that_is_not_finite_either_way_is_no_fault_of_the_recording(lesso
     assert numbers[-1]["skipped"] == 1 and len(judged) == 2 and not caplog.records
 
 
-def test_a_refusal_is_told_in_one_line(lesson, recorded_by, caplog):
-    recorded_by(refused)
+def broken_off(work):
+    """As CUDA: what ends the recording says only that something broke it, and that is what tells why."""
+    try:
+        refused(work)
+    finally:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize(
+    ("record", "after"),
+    [
+        (refused, "operation not permitted when stream is capturing"),
+        (
+            broken_off,
+            "operation failed due to a previous error during capture, after: operation not permitted when stream is capturing",
+        ),
+    ],
+)
+def test_a_refusal_is_told_in_one_line(lesson, recorded_by, caplog, record, after):
+    recorded_by(record)
     learn(lesson)
-    assert [r.message for r in caplog.records] == [f"{WITHOUT}: operation not permitted when stream is capturing"]
+    assert [r.message for r in caplog.records] == [f"{WITHOUT}: {after}"]
+
+
+@pytest.mark.parametrize("passes", ["training", "sampling"])
+def test_what_was_recorded_goes_with_the_run_and_waits_for_no_collector(lesson, recorded_by, passes):
+    """A card has no room for the graphs of runs that are over."""
+    works = []
+
+    def record(work):
+        works.append(weakref.ref(work))
+        return again(work)
+
+    gc.disable()
+    try:
+        if passes == "training":
+            recorded_by(record)
+            learn(lesson)
+        else:
+            graphed = Graphed(doubled([]), record)
+            graphed(torch.ones(2), 2)
+            del graphed
+        assert works and not any(work() for work in works)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("record", [again, refused, *LIARS.values()], ids=["again", "refused", *LIARS])

@@ -111,6 +111,30 @@ def test_an_interruption_while_a_model_is_read_is_no_damaged_model(tmp_path):
         hub.from_pretrained(Reader, str(tmp_path))
 
 
+def test_the_fingerprint_fetches_what_no_stage_has_needed_yet(cache, world, monkeypatch):
+    """A photo without a look-alike is masked without the autoencoder, and `finetune` comes before it has encoded anything."""
+    there, aside = cache / f"models--tiny--world/snapshots/{COMMIT}/vae", cache / "aside"
+    there.rename(aside)
+    with pytest.raises(InputError, match="tiny/world/vae is not on this machine"):
+        _ = load(f"tiny/world@{COMMIT}").fingerprint
+    monkeypatch.setattr(hub, "bring", lambda part, fetch: aside.rename(there))
+    assert load(f"tiny/world@{COMMIT}").fingerprint == world.fingerprint
+
+
+def test_a_damaged_index_leaves_open_what_the_base_has(cache):
+    index = cache / f"models--tiny--world/snapshots/{COMMIT}/model_index.json"
+    index.unlink()
+    index.write_text('{"safety_checker": [')
+    assert hub.lists(f"tiny/world@{COMMIT}", "safety_checker", online=False)
+
+
+def test_doctor_names_a_configuration_that_is_none(cache, world, tmp_path):
+    shutil.copytree(world.profile.base, tmp_path / "base")
+    (tmp_path / "base/vae/config.json").write_text('{"in_channels": ')
+    with pytest.raises(InputError, match="base/vae/config.json.* is no configuration of its model"):
+        setup.doctor(str(tmp_path / "base"), "cpu")
+
+
 def test_a_missing_shard_makes_a_part_missing(cache):
     part = profile.find(f"tiny/world@{COMMIT}").part("unet")
     assert len(hub.files(hub.folder(part), part)) == 3  # configuration and two shards

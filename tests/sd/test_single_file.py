@@ -1,6 +1,7 @@
 """Single-file checkpoints of the SD v1 layout, on a small twin written by hand in that layout."""
 
 import shutil
+import signal
 from dataclasses import replace
 from functools import partial
 
@@ -12,11 +13,35 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.original_layout import original_layout
-from p3s_cli import P3SPipeline, pipeline, stages
+from p3s_cli import P3SPipeline, pipeline, signals, stages
 from p3s_cli.errors import InputError
-from p3s_cli.sd import single_file
+from p3s_cli.sd import lora, single_file
 from p3s_cli.sd.family import load
 from p3s_cli.sd.vocabulary import clip_tokenizer
+
+
+def interrupted(result):
+    """A reader in another language, which says what it likes of an exception that a signal raises inside it."""
+
+    def read(*args, **options):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException as error:
+            raise ValueError("a header that is too large") from error
+        return result
+
+    return read
+
+
+def test_an_interruption_while_a_file_is_read_is_no_damaged_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoencoderKL, "from_single_file", interrupted(torch.nn.Linear(1, 1)))
+    monkeypatch.setattr(lora, "load_file", interrupted({}))
+    for read in (
+        lambda: single_file.load_part(tmp_path / "a.safetensors", "vae"),
+        lambda: lora.read(tmp_path / "a.safetensors"),
+    ):
+        with pytest.raises(signals.Interrupted), signals.raising():
+            read()
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ def test_the_committed_family_is_exported_as_it_was_reopened(tmp_path: Path):
     stage_export(shop)
     committed = sorted(p.relative_to(WEIGHTS) for p in WEIGHTS.rglob("*.safetensors"))
     assert committed == sorted(p.relative_to(tmp_path / "export") for p in tmp_path.glob("export/**/*.safetensors"))
+    assert (tmp_path / "export/p3s.json").read_bytes() == (WEIGHTS / "p3s.json").read_bytes()
     for name in committed:
         theirs, ours = load_tensors(WEIGHTS / name)[0], load_tensors(tmp_path / "export" / name)[0]
         assert all(torch.equal(ours[k], t) for k, t in theirs.items()) and len(ours) == len(theirs)

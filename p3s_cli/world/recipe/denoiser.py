@@ -168,7 +168,8 @@ def _latents(shop: Workshop, pool: Pool, path: Path) -> tuple[Tensor, Tensor]:
     """Scaled latents (N, 4, 16, 16) of every scene and how much of each is subject (N, 1, 16, 16), in bytes."""
     if path.exists():
         kept = load_tensors(path)[0]
-        return kept["latents"], kept["subjects"]
+        if len(kept["latents"]) == len(pool.scenes):  # of a run with other --scenes otherwise
+            return kept["latents"], kept["subjects"]
     vae = AutoencoderKL.from_pretrained(shop.family / "vae").to(shop.device)
     latents = []
     for rows in torch.arange(len(pool.scenes)).split(at_a_time(shop.device)):

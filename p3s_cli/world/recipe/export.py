@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -38,6 +39,7 @@ def stage_export(shop: Workshop) -> None:
         image_std=[0.5] * 3,
     ).save_pretrained(target / "clip")
     models.build_scheduler().save_pretrained(target / "scheduler")
+    shutil.copy(WEIGHTS / "p3s.json", target)
     shop.log("export", {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()})
 
 
