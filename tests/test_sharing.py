@@ -218,6 +218,17 @@ def test_an_import_remembers_where_the_base_and_its_clip_pair_lie_here(moved, tm
     assert result.exit_code == 2 and "no CLIP tower is called 'nowhere'" in result.stderr
 
 
+def test_an_import_is_refused_another_clip_pair(moved, tmp_path):
+    """Of the right width; the pictures would be wrong, and nothing would say so."""
+    file, base = moved
+    weights = base / "clip/model.safetensors"
+    tensors, metadata = load_tensors(weights)
+    save_tensors(weights, {name: 0.9 * t for name, t in tensors.items()}, metadata)
+    with pytest.raises(InputError, match="tuned through another CLIP pair .*; name that one with --vision"):
+        stages.import_subject(file, tmp_path / "in", model=str(base), vision=str(base / "clip"), device="cpu")
+    assert not (tmp_path / "in").exists()
+
+
 def test_an_export_names_no_folder_of_its_maker_and_an_import_says_which_base_is_wanted(
     exported, tmp_path, tiny_folder, monkeypatch
 ):

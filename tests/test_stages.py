@@ -351,13 +351,15 @@ def test_masks_are_made_again_once_what_paints_over_the_look_alike_has_changed(t
     assert (f" --inpainter {own} " in mask_command(photo, made, tmp_path / "two")) == (own is not None)
 
 
-def test_what_the_hub_keeps_is_known_by_its_name_and_all_else_by_its_bytes(tmp_path):
+def test_what_the_hub_keeps_is_known_by_the_sha256_it_is_named_by_and_all_else_by_its_bytes(tmp_path):
     (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "its-hash").write_bytes(b"")
-    (tmp_path / "kept").symlink_to(tmp_path / "blobs" / "its-hash")
+    sha256, sha1 = "5" * 64, "5" * 40  # of a large file and, git's, of a small one
+    for name in (sha256, sha1):
+        (tmp_path / "blobs" / name).write_bytes(b"abc")
+        (tmp_path / f"kept-{name}").symlink_to(tmp_path / "blobs" / name)
     (tmp_path / "own").write_bytes(b"abc")
-    assert named(tmp_path / "kept") == "its-hash"
-    assert named(tmp_path / "own") == hashlib.sha256(b"abc").hexdigest()
+    assert named(tmp_path / f"kept-{sha256}") == sha256
+    assert named(tmp_path / f"kept-{sha1}") == named(tmp_path / "own") == hashlib.sha256(b"abc").hexdigest()
 
 
 def test_a_tuning_is_done_again_once_the_clip_pair_has_changed_unless_its_record_does_not_tell(tiny_folder, tmp_path):

@@ -11,6 +11,8 @@ from p3s_cli.sd import hub
 from p3s_cli.sd.integrity import cached
 from p3s_cli.sd.profile import CLASSICAL, Profile
 
+_SHA256 = 64  # hexadecimal digits
+
 
 def fingerprint(profile: Profile, *names: str) -> str | None:
     """sha256 over the files that these parts are loaded from, the same in every precision; None if one is not on this machine yet."""
@@ -41,8 +43,10 @@ def _files(profile: Profile, name: str) -> list[Path]:
 
 
 def named(file: Path) -> str:
-    """Its hash; of what the hub's cache keeps, by the name that it has there, for a photo is not worth reading gigabytes again."""
-    return file.resolve().name if cached(file) else _hash(file, file.stat().st_size, file.stat().st_mtime_ns)
+    """Its sha256; of large ones in the hub's cache, by the name that they have there, for a photo is not worth reading gigabytes again."""
+    name = file.resolve().name  # of small ones it is git's sha1, which the same file in a folder has not
+    known = cached(file) and len(name) == _SHA256
+    return name if known else _hash(file, file.stat().st_size, file.stat().st_mtime_ns)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from p3s_cli.methods.base import Learnt
 from p3s_cli.methods.photos import mask_tensors
 from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd.family import Family, load
+from p3s_cli.sd.fingerprints import fingerprint
 from p3s_cli.sd.weights import save_tensors
 from p3s_cli.stages.exported import FORMAT, Exported, Kept, packed, read_description, read_tensors, unpacked
 from p3s_cli.stages.progress import Progress, silent
@@ -140,8 +141,8 @@ def import_subject(
     """Make a subject directory, ready to generate, of an exported file; default its name without the ending.
 
     `model` and `vision` say where the base and the CLIP pair of its tuning lie here, if not where the file says.
-    Raises InputError if the file is no export, the directory exists, or the base is not the one the
-    subject was tuned on, which its fingerprint tells.
+    Raises InputError if the file is no export, the directory exists, or base or CLIP pair are not those of the
+    tuning, which their fingerprints tell.
     """
     report, file = on_progress or silent, Path(file)
     described = read_description(file)
@@ -156,6 +157,7 @@ def import_subject(
             f"{file} was made on another base model ({theirs[:12]}, not {ours[:12]}); name that model with --model"
         )
     tuned = described.finetune | {"base": family.source, "vision": family.profile.clip}  # where they lie here
+    _check_pair(file, described, family)
     shapes = _shapes(tuned, family)
     parts = read_tensors(file, described, shapes)
     control = _joined(described, parts, shapes, family) if described.rank else {n: parts[n] for n in shapes}
@@ -180,6 +182,15 @@ def _base(file: Path, described: Exported, model: str | None, vision: str | None
     base = _place(file, model, described.finetune["base"], "--model")
     pair = _place(file, vision, described.finetune.get("vision"), "--vision")
     return load(base, device, "float32" if described.base_dtype else "auto", pair)  # which rounds to any other
+
+
+def _check_pair(file: Path, described: Exported, family: Family) -> None:
+    """Raises InputError if the CLIP pair here is not the one of the tuning, as far as both are known by their files."""
+    theirs, ours = described.finetune.get("vision_fingerprint"), fingerprint(family.profile, "clip")
+    if theirs and ours and theirs != ours:
+        raise InputError(
+            f"{file} was tuned through another CLIP pair ({theirs[:12]}, not {ours[:12]}); name that one with --vision"
+        )
 
 
 def _place(file: Path, given: str | None, theirs: Any, option: str) -> Any:

@@ -22,6 +22,7 @@ from p3s_cli import setup, signals
 from p3s_cli.errors import InputError
 from p3s_cli.sd import controlnet, hub, profile
 from p3s_cli.sd.family import load
+from p3s_cli.sd.fingerprints import fingerprint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CLIP = ("model.safetensors", "config.json", "preprocessor_config.json")
@@ -119,6 +120,12 @@ def test_the_fingerprint_fetches_what_no_stage_has_needed_yet(cache, world, monk
         _ = load(f"tiny/world@{COMMIT}").fingerprint
     monkeypatch.setattr(hub, "bring", lambda part, fetch: aside.rename(there))
     assert load(f"tiny/world@{COMMIT}").fingerprint == world.fingerprint
+
+
+def test_the_same_files_have_one_fingerprint_in_the_cache_and_in_a_folder(cache, world):
+    """The cache names small files by git's hash."""
+    cached, own = (profile.find(name) for name in (f"tiny/world@{COMMIT}", world.profile.base))
+    assert fingerprint(cached, "unet", "vae") == fingerprint(own, "unet", "vae") is not None
 
 
 def test_a_damaged_index_leaves_open_what_the_base_has(cache):
