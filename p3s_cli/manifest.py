@@ -14,6 +14,7 @@ from p3s_cli.atomic import read_text
 from p3s_cli.errors import InputError, first_reason
 
 SCHEMA = 1
+SEEN_BY = "vision_fingerprint"  # the setting, of a mask or a tuning, that tells the weights of its tower
 MANIFEST = "subject.json"
 Told = TypeVar("Told", bound=BaseModel)
 

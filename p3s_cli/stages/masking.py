@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from p3s_cli import config as settings
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import writing
-from p3s_cli.manifest import Manifest, Reference, Stage
+from p3s_cli.manifest import SEEN_BY, Manifest, Reference, Stage
 from p3s_cli.sd import images, text
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
@@ -96,7 +96,7 @@ def mask(
         options = settings.as_settings(mask_config) | {
             "preset": preset,
             "vision": vision,
-            "vision_fingerprint": tower.fingerprint,
+            SEEN_BY: tower.fingerprint,
             "inpainter": family.profile.inpainter,
         }
         if truth is not None:

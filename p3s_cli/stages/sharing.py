@@ -17,7 +17,7 @@ from torch import Tensor
 from p3s_cli import config as settings
 from p3s_cli.errors import InputError
 from p3s_cli.lock import reading, unfinished, writing
-from p3s_cli.manifest import Manifest, Reference, Stage
+from p3s_cli.manifest import SEEN_BY, Manifest, Reference, Stage
 from p3s_cli.methods import lowrank
 from p3s_cli.methods.base import Learnt
 from p3s_cli.methods.photos import mask_tensors
@@ -186,7 +186,7 @@ def _base(file: Path, described: Exported, model: str | None, vision: str | None
 
 def _check_pair(file: Path, described: Exported, family: Family) -> None:
     """Raises InputError if the CLIP pair here is not the one of the tuning, as far as both are known by their files."""
-    theirs, ours = described.finetune.get("vision_fingerprint"), fingerprint(family.profile, "clip")
+    theirs, ours = described.finetune.get(SEEN_BY), fingerprint(family.profile, "clip")
     if theirs and ours and theirs != ours:
         raise InputError(
             f"{file} was tuned through another CLIP pair ({theirs[:12]}, not {ours[:12]}); name that one with --vision"

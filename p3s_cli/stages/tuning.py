@@ -16,7 +16,7 @@ from p3s_cli import config as settings
 from p3s_cli import methods
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import one_writer
-from p3s_cli.manifest import Stage
+from p3s_cli.manifest import SEEN_BY, Stage
 from p3s_cli.methods.base import Lesson, Method
 from p3s_cli.methods.memory import choose, within
 from p3s_cli.methods.photos import read_photos
@@ -34,7 +34,6 @@ from p3s_cli.subject import CONTROL, Subject, digest, hashes
 _Tensors = dict[str, torch.Tensor]
 _CHECKPOINT = "control/.checkpoint-"
 _LATENTS = "control/references.safetensors"
-_SEEN_BY = "vision_fingerprint"  # the setting that tells the CLIP pair's weights
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _options(teacher: Method, recipe: Any, memory: str, family: Family) -> dict[
         config.pop(how, None)
     base = {"base_fingerprint": family.fingerprint, "base": family.source, "vision": family.profile.clip}
     weights = _clip_fingerprint(family) if "vision" in teacher.heeds else None
-    seen = {_SEEN_BY: weights} if weights else {}
+    seen = {SEEN_BY: weights} if weights else {}
     return {"method": teacher.name, "config": config, "memory": memory} | base | seen
 
 
@@ -166,9 +165,9 @@ def _clip_fingerprint(family: Family) -> str | None:
 def _as_told(wanted: Stage, subject: Subject) -> Stage:
     """The same as far as the subject's record tells: an older one names its CLIP pair, and does not say which weights it had."""
     done = subject.manifest.finetune
-    if done is None or _SEEN_BY in done.settings:
+    if done is None or SEEN_BY in done.settings:
         return wanted
-    return wanted.model_copy(update={"settings": {n: v for n, v in wanted.settings.items() if n != _SEEN_BY}})
+    return wanted.model_copy(update={"settings": {n: v for n, v in wanted.settings.items() if n != SEEN_BY}})
 
 
 def _latents(family: Family, subject: Subject) -> _Tensors:
