@@ -72,7 +72,7 @@ class Dropped(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
-        logger = logging.getLogger("p3s_cli.methods.captured")
+        logger = logging.getLogger("p3s_cli.sd.graphs")
         logger.addHandler(self)
         logger.setLevel(logging.DEBUG)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from p3s_cli.config import GenerateConfig, read_control
 from p3s_cli.errors import InputError
 from p3s_cli.methods.base import SubjectPart
-from p3s_cli.methods.captured import possible
 from p3s_cli.methods.conditioning import condition, reference_view
 from p3s_cli.methods.forward import Forward, forward
 from p3s_cli.methods.photos import read_photos
@@ -18,6 +17,7 @@ from p3s_cli.paper.injection import Injection
 from p3s_cli.paper.model import P3SControl
 from p3s_cli.paper.schedule import LearnedWeight
 from p3s_cli.sd.family import Family
+from p3s_cli.sd.graphs import possible
 from p3s_cli.sd.weights import check_layout, layout_of
 
 

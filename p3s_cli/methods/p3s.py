@@ -15,7 +15,7 @@ from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, Memory
 from p3s_cli.errors import InputError
 from p3s_cli.methods.base import Generator, Heed, Learnt, Lesson, SubjectPart, asked, register
 from p3s_cli.methods.binding import Bound, captures
-from p3s_cli.methods.captured import CapturedLoss, possible
+from p3s_cli.methods.captured import CapturedLoss
 from p3s_cli.methods.conditioning import ReferenceBank
 from p3s_cli.methods.denoising import add_noise, alphas_cumprod, astray
 from p3s_cli.methods.forward import Forward, forward
@@ -26,6 +26,7 @@ from p3s_cli.paper.model import P3SControl, connected
 from p3s_cli.paper.schedule import injection_weight
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family, Profile
+from p3s_cli.sd.graphs import possible
 from p3s_cli.sd.train import Loss, Recipe, sent
 from p3s_cli.subject import Subject
 

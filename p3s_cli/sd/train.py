@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,24 @@ from p3s_cli import signals
 from p3s_cli.config import Optimizer
 from p3s_cli.errors import P3SError
 from p3s_cli.sd import checkpoints
-from p3s_cli.sd.adamw8 import AdamW8
+from p3s_cli.sd.graphs import Record
+from p3s_cli.sd.update import Update
 
-# A loss takes the step and its generator and returns the scalar to minimise and numbers worth logging, which may
-# still be on the device. A scalar that requires no gradient says that the gradients are with the parameters already.
-Loss = Callable[[int, torch.Generator], tuple[Tensor, Mapping[str, float | Tensor]]]
+
+class Computed(NamedTuple):
+    """What a loss makes of a step: the scalar to minimise, and numbers worth logging, which may still be on the device.
+
+    A scalar that requires no gradient says that the gradients are with the parameters already; `norm` is then theirs, all
+    taken as one vector, and `record` a way to record what is done with them, where they lie in the same place at every step.
+    """
+
+    value: Tensor
+    numbers: Mapping[str, float | Tensor]
+    norm: Tensor | None = None
+    record: Record | None = None
+
+
+Loss = Callable[[int, torch.Generator], Computed | tuple[Tensor, Mapping[str, float | Tensor]]]
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
@@ -63,7 +77,6 @@ class Checkpoint:
     last: bool = True
 
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "root", "root_scale")
 _LOSS_SCALE = 2.0**16  # to begin with, as GradScaler
 _SKIPPED_IN_A_ROW = 20  # non-finite steps before a run is given up
 _RECENT = 50  # steps over which reported numbers are averaged
@@ -115,8 +128,7 @@ def train(
     saved, end = time.monotonic(), min(recipe.steps, until if until is not None else recipe.steps)
     with signals.deferred() as asked_to_stop:
         while run.step < end and not asked_to_stop():
-            value, log = loss(run.step, step_generator(recipe.seed, run.step))
-            run.apply(value, log)
+            run.apply(Computed(*loss(run.step, step_generator(recipe.seed, run.step))))
             if run.in_a_row == _SKIPPED_IN_A_ROW:
                 raise P3SError(
                     f"training stopped at step {run.step}: loss or gradient was not finite {run.in_a_row} times in a row; lower the learning rate"
@@ -135,21 +147,10 @@ class _Run:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: Recipe):
         self.parameters, self.recipe, self.step = dict(parameters), recipe, 0
-        # one group a rate, for the optimiser works on a group at once
         rates = {name: recipe.lr * self._scale(name) for name in self.parameters}
-        groups = [
-            {"params": [p for n, p in self.parameters.items() if rates[n] == rate], "lr": rate}
-            for rate in dict.fromkeys(rates.values())
-        ]
         options = {"betas": recipe.betas, "weight_decay": recipe.weight_decay}
-        if recipe.optimizer == "adamw8":
-            self.optimizer: torch.optim.Optimizer = AdamW8(groups, **options, seed=recipe.seed)
-        else:
-            fused = next(iter(self.parameters.values())).device.type in ("cpu", "cuda")
-            self.optimizer = torch.optim.AdamW(groups, **options, fused=fused)
-        self.optimizer.zero_grad()
+        self.update = Update(self.parameters, rates, recipe.optimizer, recipe.seed, **options)
         self.loss_scale = _LOSS_SCALE if recipe.half else 1.0
-        self.base_rates = [g["lr"] for g in self.optimizer.param_groups]
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if recipe.ema else {}
         self.skipped, self.in_a_row = 0, 0  # steps that were not finite
         self.recent: collections.deque[dict[str, float]] = collections.deque(maxlen=_RECENT)
@@ -157,16 +158,15 @@ class _Run:
     def _scale(self, name: str) -> float:
         return next((factor for prefix, factor in self.recipe.lr_scale if name.startswith(prefix)), 1.0)
 
-    def apply(self, value: Tensor, log: Mapping[str, float | Tensor]) -> None:
+    def apply(self, computed: Computed) -> None:
         """One optimiser step; nothing changes but the counts if anything was not finite."""
-        finite = not value.requires_grad or bool(torch.isfinite(value))
-        if finite:
-            if value.requires_grad:
-                (value * self.loss_scale).backward()
-            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        value, finite = computed.value, True
+        if value.requires_grad and (finite := bool(torch.isfinite(value))):
+            (value * self.loss_scale).backward()
             if self.loss_scale != 1:  # a power of two, so nothing is rounded
-                torch._foreach_mul_(gradients, 1 / self.loss_scale)
-            norm = nn.utils.get_total_norm(gradients)
+                torch._foreach_mul_(self._gradients(), 1 / self.loss_scale)
+        if finite:
+            norm = nn.utils.get_total_norm(self._gradients()) if computed.norm is None else computed.norm
             # the one wait of a step: what is asked of the device is asked at once
             length, reached = torch.stack([norm.float(), value.detach().to(norm.device).float()]).tolist()
             finite = math.isfinite(length) and math.isfinite(reached)
@@ -175,15 +175,15 @@ class _Run:
             self.loss_scale = self.loss_scale if finite else max(1.0, self.loss_scale / 2)
         if finite:
             # read before there is more to wait for
-            self.recent.append({"loss": reached} | {name: float(number) for name, number in log.items()})
-            factor = rate_factor(self.recipe, self.step)
-            for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-                group["lr"] = rate * factor
-            self.optimizer.step()
+            self.recent.append({"loss": reached} | {name: float(n) for name, n in computed.numbers.items()})
+            self.update.step(rate_factor(self.recipe, self.step), computed.record)
             self._average()
-        self.optimizer.zero_grad()  # now, and not before the next backward: the forward pass needs the room
+        self.update.clear()  # now, and not before the next backward: the forward pass needs the room
         self.step += 1
         self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     def numbers(self) -> dict[str, float]:
         """Means of the recent numbers, and the steps skipped so far."""
@@ -208,9 +208,7 @@ class _Run:
                 f"training stopped at step {self.step}: the weights are not finite any more; lower the learning rate"
             )
         state = {f"param/{n}": p for n, p in self.parameters.items()} | {f"ema/{n}": t for n, t in self.ema.items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                state[f"{key}/{name}"] = torch.as_tensor(value)
+        state |= self.update.moments()
         counts = {"step": self.step, "skipped": self.skipped, "in_a_row": self.in_a_row}
         counts |= {"loss_scale": self.loss_scale} if self.recipe.half else {}
         checkpoints.commit(folder, self.step, state, counts | {"recent": list(self.recent)})
@@ -233,10 +231,5 @@ class _Run:
             parameter.copy_(state[f"param/{name}"])
             if name in self.ema:
                 self.ema[name].copy_(state[f"ema/{name}"])
-            moments = {key: state[f"{key}/{name}"] for key in _MOMENTS if f"{key}/{name}" in state}
-            if moments:  # a fused optimiser reads its count on the device, the others on the CPU
-                fused = self.optimizer.defaults.get("fused")
-                self.optimizer.state[parameter] = {
-                    k: v if k == "step" and not fused else v.to(parameter.device) for k, v in moments.items()
-                }
+        self.update.restore(state)
         return True

@@ -14,10 +14,10 @@ from torch import nn
 from p3s_cli import config as settings
 from p3s_cli import stages
 from p3s_cli.config import PACES, ControlConfig, FinetuneConfig
-from p3s_cli.methods import captured, nested, p3s
+from p3s_cli.methods import nested, p3s
 from p3s_cli.methods.base import Lesson
 from p3s_cli.methods.captured import CapturedLoss, Graphed
-from p3s_cli.sd import images
+from p3s_cli.sd import graphs, images
 from p3s_cli.sd.family import load
 from p3s_cli.subject import Subject
 
@@ -66,7 +66,7 @@ def stale(work):
 
 def forgets(work):
     """A recording whose replays leave out to take over what the step before has learnt."""
-    taken = captured._copy
+    taken = graphs.copy
 
     def copied(into, source):
         if not (into and isinstance(into[0], nn.Parameter)):
@@ -75,7 +75,7 @@ def forgets(work):
     replay, results = again(work)
 
     def forget():
-        with mock.patch.object(captured, "_copy", copied):
+        with mock.patch.object(graphs, "copy", copied):
             replay()
 
     return forget, results
@@ -101,8 +101,8 @@ def recorded_by(monkeypatch):
     def put(record):
         loss = lambda loss, family, control, config: CapturedLoss(loss, control, family.dtype, record)  # noqa: E731
         monkeypatch.setattr(p3s, "_captured", loss)
-        monkeypatch.setattr(captured, "possible", lambda device, steps: True)
-        monkeypatch.setattr(captured, "_now", lambda: 0.0)  # here a replay takes as long as its work
+        monkeypatch.setattr(graphs, "possible", lambda device, steps: True)
+        monkeypatch.setattr(graphs, "_now", lambda: 0.0)  # here a replay takes as long as its work
         for home in ("binding", "p3s"):
             monkeypatch.setattr(f"p3s_cli.methods.{home}.possible", lambda device, steps: True)
         monkeypatch.setattr("p3s_cli.methods.forward.Graphed", lambda function: Graphed(function, record))
@@ -252,7 +252,7 @@ def doubled(calls):
 
 
 def test_a_recording_serves_its_shape_alone(monkeypatch):
-    monkeypatch.setattr(captured, "_now", lambda: 0.0)
+    monkeypatch.setattr(graphs, "_now", lambda: 0.0)
     graphed = Graphed(doubled(calls := []), again)
     for number in (1.0, 3.0, 4.0):  # proved twice, then replayed
         assert graphed(torch.full((2,), number), 2)["out"].tolist() == [2 * number] * 2
@@ -265,7 +265,7 @@ def test_a_recording_serves_its_shape_alone(monkeypatch):
 
 @pytest.mark.parametrize("liar", LIARS)
 def test_a_pass_recorded_wrongly_is_run_instead(monkeypatch, caplog, liar):
-    monkeypatch.setattr(captured, "_now", lambda: 0.0)
+    monkeypatch.setattr(graphs, "_now", lambda: 0.0)
     graphed = Graphed(doubled(calls := []), LIARS[liar])
     found = [graphed(torch.full((2,), number), 2)["out"].tolist() for number in (1.0, 3.0, 4.0)]
     assert found == [[2, 2], [6, 6], [8, 8]] and len(caplog.records) == 1
@@ -277,16 +277,16 @@ def test_a_pass_recorded_wrongly_is_run_instead(monkeypatch, caplog, liar):
 def test_a_recording_that_takes_longer_than_its_work_is_dropped(monkeypatch, caplog):
     """Told by the second replay: the first one brings the graph to the card."""
     times = iter([0.0, 0.1, 0.0, 0.9, 0.0, 0.1, 0.0, 0.2])
-    monkeypatch.setattr(captured, "_now", lambda: next(times))
+    monkeypatch.setattr(graphs, "_now", lambda: next(times))
     graphed = Graphed(doubled([]), again)
     assert [graphed(torch.ones(2), 2)["out"].tolist() for _ in range(3)] == [[2, 2]] * 3
     assert [r.message for r in caplog.records] == [f"{WITHOUT}: a replay took 200 ms, its work 100"]
 
 
 def test_nothing_is_recorded_on_a_cpu_or_for_a_few_steps():
-    assert not captured.possible("cpu", 300)
-    assert not captured.possible("cuda", captured.LEAST_STEPS - 1)
-    assert min(pace.steps for pace in PACES.values()) >= captured.LEAST_STEPS
+    assert not graphs.possible("cpu", 300)
+    assert not graphs.possible("cuda", graphs.LEAST_STEPS - 1)
+    assert min(pace.steps for pace in PACES.values()) >= graphs.LEAST_STEPS
 
 
 def test_how_it_was_computed_is_no_part_of_a_record(lesson, tmp_path):
