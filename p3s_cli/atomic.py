@@ -18,6 +18,7 @@ from pathlib import Path
 from p3s_cli.errors import P3SError
 
 TEMPORARY = ".p3s-tmp"  # ends the name of every temporary folder: .<process>-<random>.p3s-tmp
+LOCK = ".lock"  # in a folder with a writer of its own
 DECIDED = ".p3s-commit"
 _TEXT_LIMIT = 50_000_000  # bytes: a manifest of ten thousand images has a fifth of that
 
@@ -63,7 +64,10 @@ def committing(root: Path) -> Iterator[Path]:
 
 
 def finish(root: Path) -> None:
-    """Complete the commit a killed process had decided, and remove temporaries. Only for the one writer of `root`."""
+    """Complete the commit a killed process had decided, and remove its temporaries. Only for the one writer of `root`.
+
+    Folders below that have a writer of their own are left to that one, who may be at work.
+    """
     with _sentence(root):
         decided = root / DECIDED
         if decided.is_dir():
@@ -73,8 +77,10 @@ def finish(root: Path) -> None:
                 os.replace(file, target)
                 flush(target.parent)
             shutil.rmtree(decided)
-        for stale in list(root.rglob(f".*{TEMPORARY}")):
-            shutil.rmtree(stale, ignore_errors=True)
+        for folder, names, _ in os.walk(root):
+            for stale in (n for n in names if n.startswith(".") and n.endswith(TEMPORARY)):
+                shutil.rmtree(Path(folder, stale), ignore_errors=True)
+            names[:] = [n for n in names if not (n.endswith(TEMPORARY) or Path(folder, n, LOCK).exists())]
 
 
 def append(path: Path, text: str) -> None:

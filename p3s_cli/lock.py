@@ -17,11 +17,10 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
-from p3s_cli.atomic import DECIDED, TEMPORARY, finish
+from p3s_cli.atomic import DECIDED, LOCK, TEMPORARY, finish
 from p3s_cli.errors import InputError, P3SError
 from p3s_cli.subject import Subject
 
-LOCK = ".lock"
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -30,9 +29,10 @@ _Result = TypeVar("_Result")
 def writing(root: Path, what: str) -> Iterator[None]:
     """Hold `root`, made if need be, while the block runs; first bring what a killed writer left into a whole state.
 
-    Raises P3SError at once, naming the holder, if another holds it. A directory that got nothing from
-    the block is not left behind.
+    Raises P3SError at once, naming the holder, if another holds it, InputError for a name that is no text. A directory
+    that got nothing from the block is not left behind.
     """
+    _check_name(root)
     path, made = root / LOCK, not root.exists()
     lock = FileLock(path, blocking=False)
     with _sentence(root):
@@ -65,6 +65,15 @@ def reading(*roots: Path, what: str) -> Iterator[None]:
             if os.access(root, os.W_OK):
                 held.enter_context(writing(root, what))
         yield
+
+
+def _check_name(root: Path) -> None:
+    try:
+        str(root).encode()
+    except UnicodeEncodeError as error:  # safetensors would write there, and could read nothing of it
+        raise InputError(
+            f"the directory {str(root)!a} is not valid Unicode text; name another one with --output"
+        ) from error
 
 
 def unfinished(root: Path) -> bool:

@@ -193,8 +193,9 @@ class P3SPipeline(StableDiffusionPipeline):
         own = replace(family.profile, base=".", clip="clip")
         (folder / "p3s.json").write_text(json.dumps(asdict(own), indent=2))
         for i, subject in enumerate(subjects):
-            left_out = shutil.ignore_patterns("outputs", "eval", ".*")
-            shutil.copytree(subject.root, folder / _SUBJECTS / f"{i:02d}", ignore=left_out, dirs_exist_ok=True)
+            left_out, there = shutil.ignore_patterns("outputs", "eval", ".*"), folder / _SUBJECTS / f"{i:02d}"
+            if not (there.exists() and there.samefile(subject.root)):  # saved where it was loaded from
+                shutil.copytree(subject.root, there, ignore=left_out, dirs_exist_ok=True)
         for other in (folder / _SUBJECTS).glob("[0-9][0-9]"):  # of another pipeline that was saved here before
             if int(other.name) >= len(subjects):
                 shutil.rmtree(other)

@@ -162,7 +162,7 @@ def fetch(
 
     `vision`, `inpainter` and `control` (ControlNets) name further models, as the stages do.
 
-    Of a family it is checked that each file is what the hub says it is.
+    Each file is held against what the hub says it is.
 
     Parts that are there are only checked; damaged files are fetched anew. An optional part that cannot
     be had is reported as missing. Raises InputError for any other, in one sentence, and for models named beside a protocol.
@@ -193,25 +193,38 @@ def fetch(
 def _fetch_metric(protocol: str, key: str, report) -> PartState:
     """One metric model of a protocol: loaded once, which fetches it. Raises InputError if it cannot be had."""
     where, how = PROTOCOLS[protocol].models[key]
-    report(f"fetching {where}", 0, 1)
+    report(f"fetching and checking {where}", 0, 1)
     before = hub.snapshot(*hub.split(where))
+    broken = _discard(integrity.damaged(_files(before)))
     MetricModel(where, how, command=f"p3s fetch {protocol}").load()
     found = hub.snapshot(*hub.split(where))
-    size = sum(f.stat().st_size for f in found.rglob("*") if f.is_file()) if found else 0
-    return PartState(key, where, found, size, True, "present" if before else "fetched")
+    size = sum(f.stat().st_size for f in _files(found))
+    return PartState(key, where, found, size, True, "repaired" if broken else "present" if before else "fetched")
+
+
+def _files(folder: Path | None) -> list[Path]:
+    return [f for f in folder.rglob("*") if f.is_file()] if folder else []
+
+
+def _discard(broken: Sequence[Path]) -> bool:
+    """Remove damaged files of the hub's cache, so that they come anew. Returns whether there were any.
+
+    Raises InputError for files of a folder, and where the hub cannot be asked.
+    """
+    for file in broken:
+        if not integrity.cached(file):
+            raise InputError(f"{file} is damaged; restore it from where it came")
+        if hub.offline():
+            raise InputError(f"{file} is damaged and HF_HUB_OFFLINE is set; unset it and run p3s fetch again")
+    for file in broken:
+        file.resolve().unlink(missing_ok=True)  # two names may have one content
+        file.unlink()
+    return bool(broken)
 
 
 def _fetch(part: Part, command: str) -> PartState:
     found, state = hub.folder(part), "present"
-    broken = integrity.damaged(hub.files(found, part)) if found else []
-    if broken:
-        if not integrity.cached(broken[0]):
-            raise InputError(f"{broken[0]} is damaged; restore it from where it came")
-        if hub.offline():
-            raise InputError(f"{broken[0]} is damaged and HF_HUB_OFFLINE is set; unset it and run p3s fetch again")
-        for file in broken:
-            file.resolve().unlink()
-            file.unlink()
+    if found and _discard(integrity.damaged(hub.files(found, part))):
         found, state = None, "repaired"
     if found is None:
         if Path(part.source).exists():

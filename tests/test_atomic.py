@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from p3s_cli.atomic import append, committing, finish, read_text, replacing
-from p3s_cli.errors import P3SError
+from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import writing
 
 LIVING, DEAD = 1, 2**22 + 1  # process numbers: the first of all, and one above the largest there can be
@@ -52,6 +52,17 @@ def test_the_next_writer_removes_what_a_dead_one_left_and_nothing_else(tmp_path)
     assert names(tmp_path) == [f".{LIVING}-00.p3s-tmp", "a"]
     finish(tmp_path)  # the one writer of a folder knows that all of them are stale
     assert names(tmp_path) == ["a"]
+
+
+def test_a_folder_with_a_writer_of_its_own_is_left_to_that_one(tmp_path):
+    """Who may be at work there, with temporary files of a living process."""
+    (tmp_path / "subject/references").mkdir(parents=True)
+    with writing(tmp_path / "subject", "a test"), replacing(tmp_path / "subject/references/a") as temporary:
+        temporary.write_text("a")
+        (tmp_path / "else/.1-00.p3s-tmp").mkdir(parents=True)
+        finish(tmp_path)
+        assert temporary.read_text() == "a" and not names(tmp_path / "else")
+    assert (tmp_path / "subject/references/a").read_text() == "a"
 
 
 def test_files_appear_together_or_not_at_all(tmp_path):
@@ -150,7 +161,7 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 from p3s_cli.atomic import replacing
-from p3s_cli.errors import P3SError
+from p3s_cli.errors import InputError, P3SError
 from p3s_cli.lock import writing
 if os.geteuid() == 0:
     os.setuid(65534)  # root may write anywhere
@@ -175,3 +186,12 @@ def test_a_folder_that_cannot_be_written_is_one_sentence():
             f"cannot write {folder}" in line and "Permission denied" in line for line in lines
         )
         assert not names(Path(folder))
+
+
+def test_a_directory_whose_name_is_no_text_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    """safetensors would write there, and could read nothing of it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is not valid Unicode text; name another one with --output"):
+        with writing(Path("caf\udce9"), "a test"):
+            pass
+    assert names(tmp_path) == []

@@ -59,6 +59,7 @@ def test_it_draws_what_the_sampler_draws_calls_back_and_survives_being_saved(tun
     assert not (tmp_path / "saved/subjects/00/eval").exists() and (tmp_path / "saved/subjects/00/control").is_dir()
     again = P3SPipeline.from_pretrained(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
+    again.save_pretrained(tmp_path / "saved")  # where it is, as diffusers allows
     assert torch.equal(again("a [V] pet on beach", **options).images, theirs)
 
 

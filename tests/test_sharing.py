@@ -23,6 +23,7 @@ from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd import family, images, single_file
 from p3s_cli.sd.family import load
 from p3s_cli.sd.weights import load_metadata, load_tensors, save_tensors
+from p3s_cli.stages import sharing
 from p3s_cli.stages.exported import FORMAT
 from p3s_cli.subject import CONTROL, Subject, hashes
 
@@ -218,15 +219,22 @@ def test_an_import_remembers_where_the_base_and_its_clip_pair_lie_here(moved, tm
     assert result.exit_code == 2 and "no CLIP tower is called 'nowhere'" in result.stderr
 
 
-def test_an_import_is_refused_another_clip_pair(moved, tmp_path):
+def test_an_import_is_refused_another_clip_pair(moved, tmp_path, monkeypatch):
     """Of the right width; the pictures would be wrong, and nothing would say so."""
     file, base = moved
     weights = base / "clip/model.safetensors"
     tensors, metadata = load_tensors(weights)
     save_tensors(weights, {name: 0.9 * t for name, t in tensors.items()}, metadata)
+    paths = dict(model=str(base), vision=str(base / "clip"), device="cpu")
     with pytest.raises(InputError, match="tuned through another CLIP pair .*; name that one with --vision"):
-        stages.import_subject(file, tmp_path / "in", model=str(base), vision=str(base / "clip"), device="cpu")
+        stages.import_subject(file, tmp_path / "in", **paths)
     assert not (tmp_path / "in").exists()
+    # one that the hub has yet to bring has no fingerprint before it is loaded
+    shapes, known, there = sharing._shapes, sharing.fingerprint, []
+    monkeypatch.setattr(sharing, "_shapes", lambda *a: (shapes(*a), there.append(True))[0])
+    monkeypatch.setattr(sharing, "fingerprint", lambda *a: known(*a) if there else None)
+    with pytest.raises(InputError, match="tuned through another CLIP pair"):
+        stages.import_subject(file, tmp_path / "in", **paths)
 
 
 def test_an_export_names_no_folder_of_its_maker_and_an_import_says_which_base_is_wanted(

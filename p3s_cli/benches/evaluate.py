@@ -175,7 +175,7 @@ def evaluate_world(
     plan = _QUICK if quick else Plan()
     plan = replace(plan, images=n or plan.images, seed=seed, sampling=(plan.sampling or {}) | _pace(fast))
     numbers = shards.pick(range(_QUICK_CASES if quick else _WORLD_CASES), shard)
-    with writing(shards.desk(root, shard), "p3s eval"):
+    with shards.at_work(root, shard, "p3s eval"):
         run = Run(root, family, judge, plan, on_progress or silent, shard)
         made = world.cases(root / "cases", family, numbers, seed, quick)
         for number, case in zip(numbers, made, strict=True):
@@ -213,7 +213,7 @@ def evaluate_dreambench(
     entries = rivals(names or ("p3s",), methods.NAMES, ("published",))
     root, family = Path(work), load(model, device, dtype)
     judge = Judge(protocols.protocol(protocol_name), family.folder, family.device)
-    with writing(shards.desk(root, shard), "p3s eval"):
+    with shards.at_work(root, shard, "p3s eval"):
         run = Run(root, family, judge, Plan(n or Plan.images, seed, _pace(fast)), on_progress or silent, shard)
         made = [_sitting(root / "cases", sitter, at, family) for sitter, at in zip(sitters, clicks, strict=True)]
         return finish(run, entries, run.evaluate(entries, made), "p3s eval --bench dreambench", made)
@@ -256,7 +256,7 @@ def self_check(
     sitters, chosen = dreambench.read(Path(path)), protocols.protocol(protocol_name)
     if alone := next((s for s in sitters if len(s.photos) == 1), None):
         raise InputError(
-            f"{alone.photos[0]} is the one photo of {alone.name}, with no other to compare it with; add one, or remove its folder"
+            f"{alone.photos[0]} is the one photo of {alone.name}, with no other to compare it with; add one, or take its line out of the index"
         )
     family = load(model, device)
     with writing(Path(work), "p3s eval"):

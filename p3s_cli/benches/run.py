@@ -27,6 +27,7 @@ from p3s_cli.evals.report import Seconds
 from p3s_cli.evals.scores import Mean, Row, Rows, table
 from p3s_cli.evals.scoring import Judge
 from p3s_cli.evals.truth import Result
+from p3s_cli.lock import writing
 from p3s_cli.methods import pace
 from p3s_cli.sd.family import Family
 from p3s_cli.subject import CONTROL, Subject, digest
@@ -201,8 +202,11 @@ def _picture(row: Row) -> tuple[str, str, str, int, str]:
 
 
 def _copy_masked(source: Path, target: Path) -> None:
-    """The references and their masks, without what was tuned on them; not again while they are the same."""
-    none = {"finetune": None, "generated": []}
+    """The references and their masks, without what was tuned on them; not again while they are the same.
+
+    How sure the guess of the class word was changes nothing that is made of them.
+    """
+    none = {"finetune": None, "generated": [], "class_score": None}
     wanted = Subject.open(source).manifest.model_copy(update=none)
     if Subject.exists(target) and Subject.open(target).manifest.model_copy(update=none) == wanted:
         return
@@ -218,17 +222,19 @@ def _copy_control(source: Path, target: Path, method: str, family: Family) -> bo
 
     Raises InputError if it is damaged, or older than the masks.
     """
-    owned, subject = Subject.open(source), Subject.open(target)
+    owned = Subject.open(source)
     stage = owned.manifest.finetune
     here = {"base_fingerprint": family.fingerprint, "vision": family.profile.clip}
     if stage is None or owned.method != method or not here.items() <= stage.settings.items():
         return False
     owned.check_control(here["base_fingerprint"])
-    if subject.manifest.finetune != stage or not subject.intact(stage, CONTROL):
-        subject.manifest.finetune = stage
-        with subject.changing() as folder:
-            (folder / CONTROL).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(owned.path(CONTROL), folder / CONTROL)
+    with writing(target, "p3s eval"):  # which first ends what a killed run had begun
+        subject = Subject.open(target)
+        if subject.manifest.finetune != stage or not subject.intact(stage, CONTROL):
+            subject.manifest.finetune = stage
+            with subject.changing() as folder:
+                (folder / CONTROL).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(owned.path(CONTROL), folder / CONTROL)
     return True
 
 

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from p3s_cli.errors import InputError
+from p3s_cli.lock import writing
 
 T = TypeVar("T")
 
@@ -37,6 +39,15 @@ def desk(work: Path, which: str | None) -> Path:
 def desks(work: Path) -> list[Path]:
     """Everybody's, the whole's first."""
     return [work, *sorted(work.glob("shard-*-of-*"))]
+
+
+@contextlib.contextmanager
+def at_work(work: Path, which: str | None, what: str) -> Iterator[None]:
+    """Hold a shard's desk; the whole holds everybody's, its own last. Raises as `writing`, where a shard is still at work."""
+    with contextlib.ExitStack() as held:
+        for folder in [desk(work, which)] if which else reversed(desks(work)):
+            held.enter_context(writing(folder, what))
+        yield
 
 
 def _numbers(which: str) -> tuple[int, int]:

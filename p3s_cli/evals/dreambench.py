@@ -26,7 +26,7 @@ class Sitter:
 
 
 def read(folder: Path, subjects: Sequence[str] | None = None) -> list[Sitter]:
-    """All subjects of the folder, or those named. Raises InputError if it is not DreamBench, or lacks a name."""
+    """All subjects of the folder, or those named. Raises InputError if it is not DreamBench, lacks a name, or the photos of one."""
     folder = folder / "dataset" if (folder / "dataset").is_dir() else folder
     index = folder / _INDEX
     if not index.is_file():
@@ -43,13 +43,18 @@ def read(folder: Path, subjects: Sequence[str] | None = None) -> list[Sitter]:
             raise InputError(f"DreamBench has no subject {name!r}; choose from: {', '.join(classes)}")
     sitters = []
     for name, word in classes.items():
-        photos = tuple(sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in _SUFFIXES))
-        if (subjects is None or name in subjects) and photos:
+        if subjects is None or name in subjects:
+            photos = tuple(sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in _SUFFIXES))
             templates = live if word in _LIVE else objects
             sitters.append(Sitter(name, word, photos, tuple(t.format("[V]", word) for t in templates)))
-    if not sitters:
-        missing = f"{folder / (subjects or list(classes) or ['SUBJECT'])[0]}"
-        raise InputError(f"{folder} holds no photos of its subjects; put them where {missing} should be")
+    # a mean over fewer than are asked for is another benchmark's
+    missing = [s.name for s in sitters if not s.photos]
+    if missing or not sitters:
+        at = folder / (missing or ["SUBJECT"])[0]
+        raise InputError(
+            f"{folder} holds no photos of {', '.join(missing) or 'any subject'}; put them where {at} should be, "
+            f"or take such subjects' lines out of {_INDEX}"
+        )
     return sitters
 
 

@@ -7,10 +7,12 @@ Weights are only ever safetensors.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,13 @@ from typing import Any
 from safetensors import SafetensorError
 
 from p3s_cli import signals
-from p3s_cli.errors import InputError
+from p3s_cli.errors import InputError, P3SError
 
+_FULL = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+}  # what a disk, or a user's share of it, says when there is no more room
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -55,7 +62,8 @@ def split(source: str) -> tuple[str, str | None]:
 
 def is_id(source: str) -> bool:
     """Whether this reads like a hub id (whatever the hub may hold)."""
-    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    where = split(source)[0]  # a revision may have slashes of its own, as refs/pr/15
+    return where.count("/") == 1 and not where.startswith((".", "/", "~"))
 
 
 def named(where: str, subfolder: str | None) -> str:
@@ -135,19 +143,54 @@ def _online(
 ) -> Any:
     switch = " (HF_HUB_OFFLINE is set)" if offline() else ""
     without = "" if "world" in fetch.split() else f" ({otherwise})"
-    sentence = (
-        f"{name} is not on this machine and cannot be fetched without a network{switch}; "
-        f"fetch it with `{fetch}` where there is one{without}"
-    )
     if offline() or not _reachable():
-        raise InputError(sentence)
-    error = None
+        raise InputError(
+            f"{name} is not on this machine and cannot be fetched without a network{switch}; "
+            f"fetch it with `{fetch}` where there is one{without}"
+        )
+    error: Exception | None = None
     for given in tries:
         try:
             return get(given)
-        except (OSError, ValueError) as caught:
-            error = caught
-    raise InputError(sentence) from error
+        except P3SError:
+            raise
+        except Exception as caught:  # the HTTP library behind the client, and its errors, change with its version
+            if any(isinstance(e, OSError) and e.errno in _FULL for e in _causes(caught)):
+                raise P3SError(_no_room(name, fetch)) from caught
+            error = error or caught
+    raise InputError(
+        f"{name} could not be fetched ({_reason(error)}); mend that, then run `{fetch}`{without}"
+    ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _no_room(name: str, fetch: str) -> str:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
+    return f"no room to fetch {name} into {cache}, where {free:,} bytes are free; make room, then run `{fetch}`"
+
+
+def _reason(error: Exception | None) -> str:
+    """Why the hub did not give it, in a few words."""
+    from huggingface_hub import errors
+
+    told = (
+        (errors.GatedRepoError, "its owner asks who wants it; accept the terms on its page and log in"),
+        (errors.RepositoryNotFoundError, "the hub has no such repository, or shows it only to others"),
+        (errors.RevisionNotFoundError, "the repository has no such revision"),
+    )
+    for cause in _causes(error):
+        for kind, words in told:
+            if isinstance(cause, kind):
+                return words
+    return first_line(error) or type(error).__name__
 
 
 def _reachable() -> bool:

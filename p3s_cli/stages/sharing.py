@@ -157,8 +157,8 @@ def import_subject(
             f"{file} was made on another base model ({theirs[:12]}, not {ours[:12]}); name that model with --model"
         )
     tuned = described.finetune | {"base": family.source, "vision": family.profile.clip}  # where they lie here
-    _check_pair(file, described, family)
     shapes = _shapes(tuned, family)
+    _check_pair(file, described, family)  # now that the pair is here, fetched perhaps
     parts = read_tensors(file, described, shapes)
     control = _joined(described, parts, shapes, family) if described.rank else {n: parts[n] for n in shapes}
     manifest = Manifest(class_word=described.class_word, identifier=described.identifier, model=family.source)

@@ -115,11 +115,32 @@ def test_what_the_owner_tuned_is_judged_as_it_is(subject, monkeypatch):
     assert heard == ["untuned"]
     (judged,) = (subject / "eval").glob("p3s-*/*/control/control.safetensors")
     assert judged.read_bytes() == (subject / "control/control.safetensors").read_bytes()
+    # killed when the copy was decided, and nothing of it in its place
+    copy = judged.parent.parent
+    (copy / ".p3s-commit/control").mkdir(parents=True)
+    judged.rename(copy / ".p3s-commit/control/control.safetensors")
+    evaluate(subject, names=["p3s", "untuned"])
+    assert judged.read_bytes() == (subject / "control/control.safetensors").read_bytes()
     manifest = Subject.open(subject).manifest.model_copy(update={"class_word": "toy"})
     with Subject(subject, manifest, found=True).changing():
         pass
     with pytest.raises(InputError, match="has changed since it was tuned"):
         evaluate(subject)
+
+
+def test_to_confirm_a_guessed_class_word_costs_no_tuning(subject):
+    def scored(score):
+        manifest = Subject.open(subject).manifest.model_copy(update={"class_score": score})
+        with Subject(subject, manifest, found=True).changing():
+            pass
+
+    scored(0.9)
+    evaluate(subject)
+    (control,) = (subject / "eval").glob("p3s-*/*/control/control.safetensors")
+    made = control.stat()
+    scored(None)
+    evaluate(subject)
+    assert (control.stat().st_ino, control.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
 
 
 def test_another_truth_gives_other_scores_of_the_same_pictures(subject, family):

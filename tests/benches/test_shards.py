@@ -10,6 +10,7 @@ from p3s_cli.benches import run as running
 from p3s_cli.benches import shards
 from p3s_cli.benches.cases import subject_case
 from p3s_cli.benches.entries import rivals
+from p3s_cli.errors import P3SError
 from p3s_cli.evals.protocols import protocol
 from p3s_cli.evals.scoring import Judge
 from p3s_cli.lock import writing
@@ -103,3 +104,14 @@ def test_neither_the_whole_nor_a_shard_that_goes_on_counts_steps_anew_where_shar
 def test_every_item_is_in_one_shard():
     found = [shards.pick("abcdefg", f"{i}/3") for i in (1, 2, 3)]
     assert sorted(sum(found, [])) == list("abcdefg") and shards.pick("abc", None) == list("abc")
+
+
+def test_the_whole_and_a_shard_are_not_at_work_at_once(tmp_path):
+    with shards.at_work(tmp_path, "1/2", "p3s eval"), shards.at_work(tmp_path, "2/2", "p3s eval"):
+        with pytest.raises(P3SError, match="shard-2-of-2 is being written by p3s eval, process"):
+            with shards.at_work(tmp_path, None, "p3s eval"):
+                pass
+    shards.desk(tmp_path, "1/2").mkdir()
+    with shards.at_work(tmp_path, None, "p3s eval"), pytest.raises(P3SError, match="shard-1-of-2 is being written"):
+        with shards.at_work(tmp_path, "1/2", "p3s eval"):
+            pass

@@ -62,9 +62,15 @@ def test_subsets_and_shards_cover_everyone_once(folder):
 def test_shards_without_subjects_and_subjects_without_photos_are_refused(folder):
     result = CliRunner().invoke(app, ["eval", "--bench", "dreambench", str(folder), "--shard", "3/3"])
     assert result.exit_code == 2 and "shard 3/3 is empty, as there are 2 subjects" in result.stderr
-    for photo in folder.glob("*/*.jpg"):
+    for photo in folder.glob("red_ball/*.jpg"):
         photo.unlink()
-    with pytest.raises(InputError, match="holds no photos of its subjects; put them where .*red_ball should be"):
+    wanted = r"holds no photos of red_ball; put them where .*red_ball should be, or take such subjects' lines out of"
+    for subjects in (None, ["old_dog", "red_ball"]):  # a mean over the others would be another benchmark's
+        with pytest.raises(InputError, match=wanted):
+            dreambench.read(folder, subjects)
+    assert [s.name for s in dreambench.read(folder, ["old_dog"])] == ["old_dog"]
+    (folder / "prompts_and_classes.txt").write_text(INDEX.replace("red_ball,ball\n", "").replace("old_dog,dog\n", ""))
+    with pytest.raises(InputError, match="holds no photos of any subject"):
         dreambench.read(folder)
 
 

@@ -1,5 +1,6 @@
 """Sources, pinned revisions, the cache, and a fetch from a hub that runs in this test."""
 
+import errno
 import hashlib
 import http.server
 import json
@@ -9,17 +10,19 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ControlNetModel
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from PIL import Image
+from safetensors import SafetensorError
 
 from p3s_cli import setup, signals
-from p3s_cli.errors import InputError
+from p3s_cli.errors import InputError, P3SError
 from p3s_cli.sd import controlnet, hub, profile
 from p3s_cli.sd.family import load
 from p3s_cli.sd.fingerprints import fingerprint
@@ -69,6 +72,69 @@ def test_a_source_is_pinned_behind_an_at_sign_unless_it_is_a_path(tmp_path, monk
     assert hub.split("a/b@v1") == ("a/b", "v1") and hub.split("a/b") == ("a/b", None)
     (tmp_path / "me@home").mkdir()
     assert hub.split("me@home") == ("me@home", None)
+
+
+def test_a_revision_may_have_slashes_of_its_own():
+    assert hub.is_id("a/b") and hub.is_id("a/b@refs/pr/15") and not hub.is_id("a/b/c") and not hub.is_id("./a@b/c")
+
+
+def full():
+    error = OSError(errno.ENOSPC, "No space left on device")
+    try:
+        raise error
+    finally:  # as the hub's client, and those who call it, wrap it
+        raise ValueError("could not be saved")
+
+
+def gives(error):
+    def get(given):
+        raise error
+
+    return get
+
+
+def answers(kind):
+    """One of the client's own errors, as a server's answer makes it."""
+    error = kind.__new__(kind)
+    OSError.__init__(error, "404 Client Error. (Request ID: 1)")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("get", "kind", "words"),
+    [
+        (gives(OSError("a/b has no whole unet in safetensors")), InputError, "has no whole unet in safetensors"),
+        (gives(type("ConnectError", (Exception,), {})("reset by peer")), InputError, "reset by peer"),
+        (gives(answers(errors.RepositoryNotFoundError)), InputError, "has no such repository"),
+        (gives(answers(errors.GatedRepoError)), InputError, "accept the terms"),
+        (gives(SafetensorError("header too large")), InputError, "header too large"),
+        (lambda given: full(), P3SError, "no room to fetch it into"),
+    ],
+    ids=["no safetensors", "connection lost", "no repository", "gated", "damaged", "disk full"],
+)
+def test_why_a_model_could_not_be_fetched_is_said(monkeypatch, get, kind, words):
+    """And not that there is no network, where there is one."""
+    monkeypatch.setattr(hub, "offline", lambda: False)
+    monkeypatch.setattr(hub, "_reachable", lambda: True)
+    with pytest.raises(kind, match=words) as raised:
+        hub._online(get, [{}, {}], "it", "p3s fetch it")
+    assert type(raised.value) is kind and "`p3s fetch it`" in str(raised.value)
+    assert "without a network" not in str(raised.value)
+
+
+def test_a_damaged_metric_model_is_named_offline_and_comes_anew_where_it_can(cache, monkeypatch):
+    _, how = next(iter(setup.PROTOCOLS["dreambooth"].models.values()))
+    models = {"CLIP": (f"tiny/world@{COMMIT}", how)}
+    monkeypatch.setitem(setup.PROTOCOLS, "dreambooth", replace(setup.PROTOCOLS["dreambooth"], models=models))
+    blob = (cache / f"models--tiny--world/snapshots/{COMMIT}/vae/diffusion_pytorch_model.safetensors").resolve()
+    whole = blob.read_bytes()
+    monkeypatch.setattr(setup.MetricModel, "load", lambda self: blob.exists() or blob.write_bytes(whole))
+    assert [p.state for p in setup.fetch("dreambooth")] == ["present"]
+    blob.write_bytes(whole[:-1] + b"?")
+    with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors is damaged and HF_HUB_OFFLINE is set"):
+        setup.fetch("dreambooth")
+    monkeypatch.setattr(hub, "offline", lambda: False)
+    assert [p.state for p in setup.fetch("dreambooth")] == ["repaired"] and blob.read_bytes() == whole
 
 
 def test_every_model_named_in_the_package_is_pinned_to_a_commit():
