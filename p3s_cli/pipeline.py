@@ -162,7 +162,9 @@ class P3SPipeline(StableDiffusionPipeline):
         each = kwargs.get("num_images_per_prompt") or 1
         guides = controls.guides_of(controls.listed(self.controlnet), image, *spans, size, len(prompts), each)
         unet, vae = self.unet, self.vae
-        with P3S().bind_many(family, _parts(subjects, subject_strength), config) as generator:
+        if isinstance(kwargs.get("negative_prompt"), str):  # diffusers spreads it over prompts it is given as text
+            kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
+        with P3S().bind_many(family, self._parts(subject_strength), config) as generator:
             # encoded here, for a subject's word is learnt and no tokenizer knows it
             embeds, empty = (generator.encode(w).to(unet.dtype) for w in (prompts, [""]))
             controlled = GuidedUNet(
@@ -174,6 +176,19 @@ class P3SPipeline(StableDiffusionPipeline):
             finally:
                 self.__dict__.update(unet=unet, vae=vae)
                 self.maybe_free_model_hooks()  # of models kept off the device, which these two took no part in
+
+    def _parts(self, strength: float | Sequence[float]) -> list[SubjectPart]:
+        """Each subject's part, its tensors read from the disk once."""
+        subjects, learnt = self.__dict__["_p3s"][1], self.__dict__.setdefault("_learnt", {})
+        strengths = [strength] * len(subjects) if isinstance(strength, (int, float)) else list(strength)
+        if len(strengths) != len(subjects):
+            raise InputError(
+                f"subject_strength has {len(strengths)} numbers for {len(subjects)} subjects; give one for each"
+            )
+        for i, subject in enumerate(subjects):
+            if i not in learnt:
+                learnt[i] = Learnt.read(subject)
+        return [SubjectPart(learnt[i], own) for i, own in enumerate(strengths)]
 
     def _scale(self) -> float | None:
         """s_t at this step, which a callback may change; None while guidance is off."""
@@ -229,12 +244,3 @@ def _checked(
         for warning in text.check_words(family.tokenizer, one, against, names if one else ()):
             warnings.warn(warning, stacklevel=3)
     return prompts
-
-
-def _parts(subjects: Sequence[Subject], strength: float | Sequence[float]) -> list[SubjectPart]:
-    strengths = [strength] * len(subjects) if isinstance(strength, (int, float)) else list(strength)
-    if len(strengths) != len(subjects):
-        raise InputError(
-            f"subject_strength has {len(strengths)} numbers for {len(subjects)} subjects; give one for each"
-        )
-    return [SubjectPart(Learnt.read(subject), own) for subject, own in zip(subjects, strengths, strict=True)]

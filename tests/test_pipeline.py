@@ -129,6 +129,14 @@ def test_the_usual_arguments_mean_what_they_mean_in_diffusers(pipe):
     assert abs(array[0] * 255 - np.asarray(picture[0])).max() <= 0.5 + 1e-3  # rounded to whole numbers
 
 
+def test_one_negative_prompt_serves_all_prompts_and_what_was_learnt_is_read_once(pipe, monkeypatch):
+    prompts = ["a [V] pet on beach", "a [V] pet in snow"]
+    seeded = lambda: [torch.Generator().manual_seed(s) for s in (1, 2)]  # noqa: E731
+    each = drawn(pipe, prompts, negative_prompt=["sand", "sand"], generator=seeded())
+    monkeypatch.setattr(Learnt, "read", lambda subject: pytest.fail("read again"))
+    assert torch.equal(drawn(pipe, prompts, negative_prompt="sand", generator=seeded()), each)
+
+
 def test_models_kept_off_the_device_draw_the_same_image_twice(pipe):
     noise = initial_noise([3], (4, 16, 16))[0]
     before = drawn(pipe, "a [V] pet", latents=noise)

@@ -85,7 +85,7 @@ def subject_case(directory: Path, tower: VisionTower, prompts: Sequence[str]) ->
 def first_finder(directory: Path, tower: VisionTower) -> Finder:
     """Finds the subject by what its first reference shows of it."""
     photo = read_originals(Subject.open(directory))[0]
-    return Finder(tower, photo.pixels, photo.mask)
+    return Finder(tower, photo.pixels.float() / 255, photo.mask)
 
 
 def _portrait(photo: Tensor, mask: Tensor) -> Image.Image:

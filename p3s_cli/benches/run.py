@@ -167,6 +167,7 @@ class Run:
             method=entry.method,
             control=entry.control,
             seed=self.plan.seed,
+            captured=False,  # or equal time would be that of recorded steps against steps that are not
             family=self.family,
             on_progress=watch,
         )

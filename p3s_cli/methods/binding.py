@@ -62,7 +62,7 @@ class Bound:
             ) from error
         control.load_state_dict(tensors, assign=True)
         control.to(family.device, family.dtype).eval().requires_grad_(False)
-        photos = read_photos(subject)[: sampling.references]
+        photos = read_photos(subject, sampling.references)
         views = [reference_view(p.mask, config) for p in photos]
         given = condition(family, photos, views, config, sampling.size)
         with torch.no_grad():

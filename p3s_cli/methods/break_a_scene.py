@@ -22,7 +22,7 @@ from p3s_cli.methods.base import Generator, Heed, Learnt, Lesson, register, sett
 from p3s_cli.methods.denoising import Denoising, SubBatch, noise_of, trainable, training_copy, tuned_copy
 from p3s_cli.methods.photos import read_originals
 from p3s_cli.methods.prior import class_images
-from p3s_cli.methods.views import base_view, look, look_mask
+from p3s_cli.methods.views import base_view, look_mask
 from p3s_cli.methods.words import NewWord
 from p3s_cli.paper.injection import attention_seam
 from p3s_cli.paper.subject_copy import attention_layers
@@ -91,7 +91,7 @@ class BreakAScene:
         word, unet = NewWord(family, subject.manifest, instead_of_class=True), training_copy(family.unet)
         others = class_images(family, r.class_prompt, r.class_images, r.class_steps, seed)
         kept = Scenes(others, word, r.class_prompt, r.batch, weight=r.prior_weight)
-        layers = _layers(unet)
+        layers = _layers(unet, family.profile.image_size // 8)
         attends = _Attention(word.place(_prompt(subject)), r.attention_weight)
         loss = Denoising(family, unet, [_scenes(family, subject, word, r.batch), kept], layers, attends)
         first, second = r.steps // 2, r.steps - r.steps // 2
@@ -138,15 +138,18 @@ class _Attention:
         return self.weight * (mask - given / given.amax(1, keepdim=True)).square().mean()
 
 
-def _layers(unet: UNet2DConditionModel) -> frozenset[str]:
-    """The cross-attention layers of down and up blocks with 16 x 16 queries, the authors', or the nearest to that."""
+def _layers(unet: UNet2DConditionModel, latent: int) -> frozenset[str]:
+    """The cross-attention layers of down and up blocks with 16 x 16 queries, the authors', or the nearest to that.
+
+    `latent` is the side of what is denoised.
+    """
     blocks = len(unet.config.block_out_channels)
     sides = {}
     for name in attention_layers(unet, "attn2"):
         where, number = name.split(".")[:2]
         if where != "mid_block":
             halved = int(number) if where == "down_blocks" else blocks - 1 - int(number)
-            sides[name] = unet.config.sample_size >> halved
+            sides[name] = latent >> halved
     nearest = min(sides.values(), key=lambda side: abs(side - _SIDE))
     return frozenset(name for name, side in sides.items() if side == nearest)
 
@@ -158,7 +161,7 @@ def _prompt(subject: Subject) -> str:
 def _scenes(family: Family, subject: Subject, word: NewWord, batch: int) -> Scenes:
     """The largest square of each original photo around the subject and its mirror image, with their masks."""
     size, photos = family.profile.image_size, read_originals(subject)
-    pixels = torch.stack([look(p.pixels, base_view(p.mask), size, "border") for p in photos])
+    pixels = torch.stack([p.seen(base_view(p.mask), size, "border") for p in photos])
     masks = torch.stack([look_mask(p.mask, base_view(p.mask), size) for p in photos])
     latents = images.encode(family.vae, torch.cat((pixels, pixels.flip(-1))))
     masks = F.interpolate(torch.cat((masks, masks.flip(-1))), size=latents.shape[-2:], mode="area")

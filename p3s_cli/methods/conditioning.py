@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from p3s_cli.config import ControlConfig
 from p3s_cli.methods.photos import Photo
-from p3s_cli.methods.views import View, base_view, centred_view, close_view, look, look_mask, random_view
+from p3s_cli.methods.views import View, base_view, centred_view, close_view, look_mask, random_view
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
 from p3s_cli.sd.train import sent
@@ -52,7 +52,7 @@ def condition(
 def _seen(photos: list[Photo], views: list[View], config: ControlConfig, size: tuple[int, int]) -> Tensor:
     seen = []
     for photo, view in zip(photos, views, strict=True):
-        picture = look(photo.pixels, view, size)
+        picture = photo.seen(view, size)
         if config.reference_background == "remove":
             keep = look_mask(photo.mask, view, size)
             picture = picture * keep + 0.5 * (1 - keep)
@@ -76,7 +76,7 @@ class ReferenceBank:
         chosen = [p for p in photos for _ in range(repeats)]
         target_views = [_view(p, config, generator) for p in chosen]
         seen_views = target_views if config.augment != "independent" else [_view(p, config, generator) for p in chosen]
-        targets = torch.stack([look(p.pixels, v, size) for p, v in zip(chosen, target_views, strict=True)])
+        targets = torch.stack([p.seen(v, size) for p, v in zip(chosen, target_views, strict=True)])
         masks = torch.stack([look_mask(p.mask, v, size) for p, v in zip(chosen, target_views, strict=True)])
         latents = images.encode(family.vae, targets)
         inside = F.interpolate(masks, size=latents.shape[-2:], mode="area").to(latents.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from p3s_cli.manifest import Reference
-from p3s_cli.methods.views import close_view, look
+from p3s_cli.methods.views import View, close_view, look, look_mask
 from p3s_cli.sd import images
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.subject import FORMER_LATENT, Subject, mask_layout
@@ -16,10 +16,22 @@ from p3s_cli.subject import FORMER_LATENT, Subject, mask_layout
 
 @dataclass(frozen=True)
 class Photo:
-    """A reference: pixels (3, H, W) in [0, 1] and the subject's mask (H, W) bool."""
+    """A reference: pixels (3, H, W), in bytes, for there may be many large ones, and the subject's mask (H, W) bool."""
 
     pixels: Tensor
     mask: Tensor
+
+    def seen(self, view: View, size: int | tuple[int, int], beyond: str | None = None) -> Tensor:
+        """The photo through the view, (3, size, size) in [0, 1].
+
+        Beyond the photo's edge it is mirrored, or, where a mirror would show the subject twice, its outermost pixels go on;
+        unless `beyond` says which (`views.look`).
+        """
+        if beyond is None:
+            mirrored = look(self.mask.float()[None], view, size)
+            twin = (mirrored - look_mask(self.mask, view, size)).max() > 0.5
+            beyond = "border" if twin else "reflection"
+        return look(self.pixels.float() / 255, view, size, beyond)
 
 
 def mask_tensors(subject: Subject, reference: Reference) -> dict[str, Tensor]:
@@ -30,12 +42,12 @@ def mask_tensors(subject: Subject, reference: Reference) -> dict[str, Tensor]:
     return {name: tensors[name] for name in layout}
 
 
-def read_photos(subject: Subject) -> list[Photo]:
-    """The inpainted references with their masks, as `p3s mask` left them."""
+def read_photos(subject: Subject, most: int | None = None) -> list[Photo]:
+    """The inpainted references, or the first of them, with their masks, as `p3s mask` left them."""
     photos = []
-    for reference in subject.manifest.references:
+    for reference in subject.manifest.references[:most]:
         tensors = mask_tensors(subject, reference)
-        photos.append(Photo(tensors["inpainted"].float() / 255, tensors["subject"].bool()))
+        photos.append(Photo(tensors["inpainted"], tensors["subject"].bool()))
     return photos
 
 
@@ -44,7 +56,7 @@ def read_originals(subject: Subject) -> list[Photo]:
     photos = []
     for reference in subject.manifest.references:
         tensors = mask_tensors(subject, reference)
-        pixels = images.to_tensor(images.load_image(subject.path(reference.photo_file)))
+        pixels = images.to_bytes(images.load_image(subject.path(reference.photo_file)))
         photos.append(Photo(pixels, tensors["subject"].bool()))
     return photos
 
@@ -55,4 +67,4 @@ def crops(subject: Subject, size: int) -> Tensor:
     What a person would cut out for a method that cannot be told which of two things is meant. Beyond the photo's edge
     its outermost pixels go on: a mirror would show the subject twice.
     """
-    return torch.stack([look(p.pixels, close_view(p.mask), size, "border") for p in read_originals(subject)])
+    return torch.stack([p.seen(close_view(p.mask), size, "border") for p in read_originals(subject)])

@@ -20,7 +20,7 @@ def class_images(family: Family, prompt: str, n: int, steps: int, seed: int) -> 
     They stay latents: decoding and encoding them again would only add the autoencoder's error.
     """
     states, empty = text.encode(family.tokenizer, family.text_encoder, [prompt, ""]).split(1)
-    side = family.unet.config.sample_size
+    side = family.profile.image_size // 8  # a base may say another of its U-Net than is trained on here
     eps, guidance = noise_of(family, family.unet), family.profile.guidance
     seeds, made = [_FIRST_SEED + seed * n + k for k in range(n)], []
     for first in range(0, n, _BATCH):

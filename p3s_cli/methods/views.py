@@ -22,7 +22,7 @@ class View:
 
 
 def base_view(mask: Tensor) -> View:
-    """The largest square of the photo around the subject, or the whole photo if no such square holds it.
+    """The largest square of the photo around the subject, or where none holds it the smallest that does, beyond the photo's long sides.
 
     mask (H, W) bool.
     """
@@ -30,7 +30,7 @@ def base_view(mask: Tensor) -> View:
 
 
 def close_view(mask: Tensor, margin: float = 0.1) -> View:
-    """The square around the subject with a margin on each side, relative to the subject; never beyond `base_view`.
+    """The square around the subject with a margin on each side, relative to the subject; never larger than `base_view`.
 
     mask (H, W) bool.
     """
@@ -57,14 +57,16 @@ def _box(mask: Tensor) -> tuple[int, int, int, int]:
 
 
 def _around(mask: Tensor, side: float) -> View:
-    """The square of this side inside the photo that is nearest to the subject's middle; the whole photo if it is too small."""
-    height, width = mask.shape
+    """The square of this side, or as large as the subject, nearest to the subject's middle: inside the photo, or as far beyond
+    one side of it as beyond the other."""
     top, bottom, left, right = _box(mask)
-    if max(bottom - top, right - left) > side:
-        return View(width / 2, height / 2, max(height, width))
-    x = min(max((left + right) / 2, side / 2), width - side / 2)
-    y = min(max((top + bottom) / 2, side / 2), height - side / 2)
-    return View(x, y, side)
+    side = max(side, bottom - top, right - left)
+
+    def middle(low: int, high: int, edge: int) -> float:
+        return min(max((low + high) / 2, side / 2), edge - side / 2) if side <= edge else edge / 2
+
+    height, width = mask.shape
+    return View(middle(left, right, width), middle(top, bottom, height), side)
 
 
 def random_view(base: View, mask: Tensor, generator: torch.Generator) -> View:

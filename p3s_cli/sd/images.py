@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from p3s_cli.atomic import replacing
@@ -30,7 +31,7 @@ MIN_SIDE = 16
 
 
 def load_image(path: Path) -> Image.Image:
-    """Read a photo as its taker sees it: EXIF-upright, RGB, transparency over white, 16 bit scaled to 8.
+    """Read a photo as its taker sees it: EXIF-upright, sRGB, transparency over white, 16 bit scaled to 8.
 
     Raises InputError naming the file if it is absent, no JPEG, PNG or WebP, broken, tiny or huge.
     """
@@ -45,7 +46,7 @@ def load_image(path: Path) -> Image.Image:
         if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
             raise InputError(f"{path} is animated; give one frame of it")
         image.load()
-        upright = _rgb(ImageOps.exif_transpose(image))
+        upright = _rgb(ImageOps.exif_transpose(_managed(image)))
         upright.info = {}  # nothing but pixels leaves here: no EXIF, GPS, XMP or comment
     if min(upright.size) < MIN_SIDE:
         raise InputError(
@@ -74,6 +75,28 @@ def _opened(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
         raise InputError(f"{path} cannot be read as an image ({error})") from error
 
 
+def _managed(image: Image.Image) -> Image.Image:
+    """In sRGB what an embedded profile says of the colours (Display P3, Adobe RGB, a printer's CMYK); as it is without one."""
+    profile, opaque = (
+        image.info.get("icc_profile"),
+        image.mode in ("RGB", "CMYK", "L") and "transparency" not in image.info,
+    )
+    if not profile or not (opaque or image.mode == "RGBA"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        colours = image if opaque else image.convert("RGB")
+        seen = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):  # a broken profile, or one of another kind of picture
+        return image
+    if not opaque:
+        seen.putalpha(image.getchannel("A"))
+    seen.info = image.info  # which way up it is
+    return seen
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
@@ -88,9 +111,14 @@ def pixel_hash(image: Image.Image) -> str:
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
+def to_bytes(image: Image.Image) -> Tensor:
+    """PIL image -> (3, H, W), bytes."""
+    return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """PIL image -> (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+    return to_bytes(image).float() / 255
 
 
 def to_pil(pixels: Tensor) -> Image.Image:

@@ -12,6 +12,7 @@ from p3s_cli.segment.prototypes import holding
 
 _ROUNDS = 3  # of GrabCut
 _CONTEXT = 3  # patches of background around the band that its colour model learns from
+_FLAT = 0.5
 _PATCH = (16.0, 32.0)  # pixels a patch that GrabCut works at, at least and at most
 
 
@@ -65,6 +66,8 @@ def _cut(image, coarse, other, agreed, seeds, patch: float, band: float) -> np.n
     cut = labels[window].copy()
     if not ((cut == cv2.GC_BGD) | (cut == cv2.GC_PR_BGD)).any():
         return coarse  # nothing around it to tell it from
+    if _flat(image[window], cut):
+        return coarse
     cv2.setRNGSeed(0)
     models = np.zeros((1, 65)), np.zeros((1, 65))
     cv2.grabCut(np.ascontiguousarray(image[window][..., ::-1]), cut, None, *models, _ROUNDS, cv2.GC_INIT_WITH_MASK)
@@ -72,6 +75,17 @@ def _cut(image, coarse, other, agreed, seeds, patch: float, band: float) -> np.n
     refined[window] = (cut == cv2.GC_FGD) | (cut == cv2.GC_PR_FGD)
     sure = labels == cv2.GC_FGD  # not the click alone: on the outline it may be cut off from the rest
     return _without_pinholes(holding(refined, sure), (0.5 * patch) ** 2)
+
+
+def _flat(image: np.ndarray, labels: np.ndarray) -> bool:
+    """Whether one very colour fills most of what is open and most of either side: there is no edge, and GrabCut would look for
+    it for minutes. image (H, W, 3) uint8, labels (H, W) GrabCut's."""
+    codes = image.astype(np.int32) @ np.array([65536, 256, 1], dtype=np.int32)
+    values, counts = np.unique(codes[(labels == cv2.GC_PR_BGD) | (labels == cv2.GC_PR_FGD)], return_counts=True)
+    if not len(values):
+        return False
+    sides = [codes[labels == kind] for kind in (cv2.GC_PR_BGD, cv2.GC_PR_FGD, cv2.GC_BGD, cv2.GC_FGD)]
+    return all((side == values[counts.argmax()]).mean() > _FLAT for side in sides if side.size)
 
 
 def _window(mask: np.ndarray, margin: int) -> tuple[slice, slice]:

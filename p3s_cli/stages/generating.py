@@ -116,6 +116,10 @@ def generate(
     sampling = settled(sampling, family.profile, subject, schedule)
     order = Order(family, subject, joined, prompt, words, sampling, safety_checker)
     warnings = text.check_words(family.tokenizer, prompt, negative_prompt, identifiers)
+    if negative_prompt and sampling.guidance == sampling.subject_guidance == 1:
+        warnings.append(
+            "the negative prompt says nothing at guidance 1, which has no pass to say it in; raise --guidance"
+        )
     seeds = tuple(range(seed, seed + n))
     output = Output(subject, _record(order), seeds, metadata)
     missing = [s for s in seeds if force or not output.made(s)]

@@ -20,7 +20,7 @@ from p3s_cli.manifest import SEEN_BY, Stage
 from p3s_cli.methods.base import Lesson, Method
 from p3s_cli.methods.memory import choose, within
 from p3s_cli.methods.photos import read_photos
-from p3s_cli.methods.views import base_view, look
+from p3s_cli.methods.views import base_view
 from p3s_cli.sd import images
 from p3s_cli.sd.base import check_base
 from p3s_cli.sd.determinism import exact
@@ -67,6 +67,7 @@ def finetune(
     force: bool = False,
     deterministic: bool = False,
     compiled: bool = False,
+    captured: bool = True,
     family: Family | None = None,
     control: settings.ControlConfig | None = None,
     on_progress: Progress | None = None,
@@ -76,7 +77,8 @@ def finetune(
     Steps and learning rate default to the method's on this family; `preset` and `control`, which overrides
     its settings one by one, are P3S's alone, and so are `memory`, a profile's name (24, 16, 12, 8; `auto` is
     the device's own), and `vision`, another CLIP pair for the control to see the references through. `compiled`
-    costs minutes once a process and is for GPUs; what is learnt is the same but for rounding. An
+    costs minutes once a process and is for GPUs; what is learnt is the same but for rounding. Without `captured`
+    no step of P3S's becomes a CUDA graph, which no other method's is. An
     interrupted run goes on from its last checkpoint. Raises InputError for an unknown method and if masks are
     missing or stale.
     """
@@ -96,7 +98,7 @@ def finetune(
             f"memory profile {profile} trains in bfloat16, which a CPU cannot mix with float16; use --dtype bfloat16"
         )
     # whether a CUDA recording counts is judged by the clock, too, and it rounds otherwise than the step itself
-    how = dict(memory=saving, compiled=compiled, captured=not deterministic)
+    how = dict(memory=saving, compiled=compiled, captured=captured and not deterministic)
     config = settings.FinetuneConfig(control or settings.preset(preset)[1], steps, lr, seed=seed, **how)
     recipe = teacher.recipe(family.profile, config)
     options = _options(teacher, recipe, memory, family)
@@ -173,7 +175,7 @@ def _as_told(wanted: Stage, subject: Subject) -> Stage:
 def _latents(family: Family, subject: Subject) -> _Tensors:
     """Each reference without its look-alike, (4, h, w) of the family's square: for other tools, as methods encode views of their own."""
     photos, size = read_photos(subject), family.profile.image_size
-    squares = torch.stack([look(p.pixels, base_view(p.mask), size) for p in photos])
+    squares = torch.stack([p.seen(base_view(p.mask), size) for p in photos])
     folders = (reference.folder for reference in subject.manifest.references)
     return dict(zip(folders, images.encode(family.vae, squares), strict=True))
 

@@ -128,6 +128,14 @@ def test_what_the_owner_tuned_is_judged_as_it_is(subject, monkeypatch):
         evaluate(subject)
 
 
+def test_no_tuning_of_a_comparison_is_a_recording(subject, monkeypatch):
+    """P3S alone has one, and equal time is its own."""
+    heard, tune = [], stages.finetune
+    monkeypatch.setattr(stages, "finetune", lambda *a, **k: (heard.append(k["captured"]), tune(*a, **k))[1])
+    evaluate(subject)
+    assert heard == [False]
+
+
 def test_to_confirm_a_guessed_class_word_costs_no_tuning(subject):
     def scored(score):
         manifest = Subject.open(subject).manifest.model_copy(update={"class_score": score})

@@ -54,6 +54,17 @@ def test_class_images_depend_on_the_seed_alone(family):
     assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == (1, 4, 16, 16)
 
 
+def test_class_images_have_the_size_that_is_trained_on(family):
+    """Whatever a base says of its U-Net: it is the family's size in which references are encoded."""
+    side = family.profile.image_size // 8
+    config = family.unet.config
+    family.unet.register_to_config(sample_size=side // 2)
+    try:
+        assert class_images(family, "a dog", 1, 1, 0).shape == (1, 4, side, side)
+    finally:
+        family.unet.register_to_config(sample_size=config.sample_size)
+
+
 def test_pace_counts_set_up_apart_and_divides_a_budget(family, subject):
     assert Pace(setup=4.0, step=0.5).steps(10.0) == 12 and Pace(4.0, 0.5).steps(1.0) == 1
     pace = measure("textual-inversion", family, subject, warmup=1, steps=1)

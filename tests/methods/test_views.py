@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from p3s_cli.methods.views import View, base_view, centred_view, look, look_mask, random_view
+from p3s_cli.methods.photos import Photo
+from p3s_cli.methods.views import View, base_view, centred_view, close_view, look, look_mask, random_view
 
 
 def photo():
@@ -33,8 +34,10 @@ def test_the_base_view_is_the_largest_square_around_the_subject():
     mask = torch.zeros(30, 50, dtype=torch.bool)
     mask[10:20, 40:48] = True
     assert base_view(mask) == View(35, 15, 30)
-    mask[:, 5] = mask[:, 48] = True
-    assert base_view(mask).side == 50  # wider than any square inside: the whole photo, padded
+    mask[15, 3] = True
+    assert (
+        base_view(mask) == close_view(mask) == View(25.5, 15, 45)
+    )  # wider than any square inside: no more of it than that
 
 
 def test_random_views_keep_the_subjects_centre_in_their_middle():
@@ -78,3 +81,16 @@ def test_a_centred_view_holds_the_subject_in_its_middle_even_at_the_photos_edge(
     expected = torch.zeros(40, 40, dtype=torch.bool)
     expected[15:25, 10:30] = True
     assert torch.equal(shown, expected)
+
+
+def test_a_mirror_beyond_the_edge_never_shows_the_subject_twice():
+    """The ground is mirrored where it alone would be, which looks more like ground than its last row going on."""
+    mask = torch.zeros(40, 60, dtype=torch.bool)
+    mask[2:12, 20:40] = True
+    pixels = (255 * torch.rand(3, 40, 60, generator=torch.Generator().manual_seed(0))).byte()
+    pixels[:, mask] = 255
+    reference, view = Photo(pixels, mask), View(30, 7, 40)
+    count = lambda shown: ndimage.label((shown.amin(0) > 0.99).numpy())[1]  # noqa: E731
+    assert count(look(pixels.float() / 255, view, 40)) > 1 == count(reference.seen(view, 40))
+    lower = View(30, 24, 40)
+    torch.testing.assert_close(reference.seen(lower, 40), look(pixels.float() / 255, lower, 40))

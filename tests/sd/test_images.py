@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
+from PIL import Image, ImageCms
 
 from p3s_cli.errors import InputError
 from p3s_cli.sd.images import decode, encode, load_image, read_metadata, save_png, to_pil, to_tensor
@@ -167,3 +167,27 @@ def test_an_autoencoder_kept_off_the_device_is_given_pixels_where_its_hook_bring
     accelerate.cpu_offload_with_hook(vae, "meta")
     assert vae.device.type == "cpu"
     assert encode(vae, torch.zeros(1, 3, 16, 16)).device.type == "meta"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_are_those_that_an_embedded_profile_says(tmp_path, mode):
+    """sRGB with red and blue exchanged, under another name: what its taker sees as red is written as blue."""
+    exchanged = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exchanged = exchanged.replace("sRGB".encode("utf-16-be"), "xRGB".encode("utf-16-be"))
+    count = int.from_bytes(exchanged[128:132], "big")
+    table, rest = exchanged[: 132 + 12 * count], exchanged[132 + 12 * count :]
+    for a, b in ((b"rXYZ", b"?"), (b"bXYZ", b"rXYZ"), (b"?", b"bXYZ")):
+        table = table.replace(a, b)
+    picture = Image.new("RGB", (20, 30), (40, 60, 200)).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "a.png", icc_profile=table + rest, exif=exif)
+    seen = load_image(tmp_path / "a.png")
+    assert seen.size == (30, 20) and np.abs(np.asarray(seen).astype(int) - (200, 60, 40)).max() <= 2
+    for name, profile in (
+        ("plain", None),
+        ("srgb", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+        ("broken", b"??"),
+    ):
+        picture.save(tmp_path / f"{name}.png", icc_profile=profile)
+        assert load_image(tmp_path / f"{name}.png").getpixel((5, 5)) == (40, 60, 200)

@@ -116,3 +116,15 @@ def test_a_large_photo_is_cut_as_its_reduction_is_in_its_own_size():
     large = refine(picture(whole), rough, np.zeros_like(whole), rough, [(768, 960)], patch=128, band=2)
     small = refine(picture(truth), coarse, np.zeros_like(truth), coarse, [(192, 240)], patch=32, band=2)
     assert overlap(large, whole) > 0.97 and overlap(large, np.kron(small, np.ones((4, 4), bool))) > 0.97
+
+
+def test_where_one_colour_is_on_both_sides_no_edge_is_looked_for(monkeypatch):
+    """GrabCut takes minutes to find that there is none. One side of another colour is enough for it."""
+    truth, nothing = disk(), np.zeros((96, 128), dtype=bool)
+    coarse, flat = disk(radius=22), np.full((96, 128, 3), 255, dtype=np.uint8)
+    half = flat.copy()
+    half[truth] = (200, 60, 40)
+    found = refine(half, coarse, nothing, coarse, [(48, 60)], patch=16, band=1)
+    assert overlap(found, truth) > 0.97
+    monkeypatch.setattr(cv2, "grabCut", lambda *_: pytest.fail("looked for an edge"))
+    assert np.array_equal(refine(flat, coarse, nothing, coarse, [(48, 60)], patch=16, band=1), coarse)
