@@ -75,7 +75,6 @@ class ControlConfig:
     reference_background: Literal["keep", "remove"] = "remove"
     background_weight: float = 0.0  # of L_LDM outside the subject's mask; 1 is eq. 14 as printed
     preserve: float = 1.0  # of the distance to the frozen U-Net's own prediction outside the mask; the paper has none
-    preserve_share: float = 0.5  # of a batch, at least one: whose ground is so kept, which costs another forward pass
     # put behind the training prompts, so that a prompt with a place is nothing new to the control: without them it
     # paints the subject's colours over the places it never heard of
     contexts: tuple[str, ...] = (
@@ -215,7 +214,6 @@ _UNSAID = {
     "average": 0.0,
     "reference_view": "photo",
     "preserve": 0.0,
-    "preserve_share": 1.0,
 }
 
 

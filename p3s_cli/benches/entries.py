@@ -115,7 +115,6 @@ _ABLATIONS: tuple[Entry, ...] = (
     _control("loss over the whole image", background_weight=1.0),
     _control("nothing preserved", preserve=0.0),
     _control("less preserved", preserve=0.3),
-    _control("preserved in the whole batch", preserve_share=1.0),
     _control("no learned word", learned_word=False),
     _control("falling rate", decay="cosine"),
     _control("uniform timesteps", timesteps="uniform"),

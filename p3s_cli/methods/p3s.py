@@ -201,10 +201,10 @@ class _Loss:
     def compute(self, drawn: _Drawn, control: P3SControl, cast: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """All that follows from what was drawn, for a control in the frozen part's precision or, with `cast`, in another."""
         config, x_t, t = self.config, drawn.x_t, drawn.t
-        untouched, kept = None, max(1, round(config.preserve_share * self.batch))
+        untouched = None
         if config.preserve:
             with torch.no_grad():
-                untouched = self.forward.frozen(self.unet, x_t[:kept], t[:kept], drawn.text[:kept])
+                untouched = self.forward.frozen(self.unet, x_t, t, drawn.text)
         states = control.say(drawn.text, drawn.where)
         weight = torch.ones(self.batch, device=self.device) if control.weighting is None else control.weighting(t)
         maps = config.attention_loss != "off"
@@ -217,7 +217,7 @@ class _Loss:
         inside, ground = drawn.inside, config.background_weight
         denoising = denoising_loss(predicted, drawn.noise, ground + (1 - ground) * inside)
         if untouched is not None:
-            denoising = denoising + config.preserve * denoising_loss(predicted[:kept], untouched, 1 - inside[:kept])
+            denoising = denoising + config.preserve * denoising_loss(predicted, untouched, 1 - inside)
         value, consistency = total_loss(
             denoising, copy_maps, injection.maps, config.gamma, config.attention_loss, config.attention_gradient
         )
