@@ -91,12 +91,15 @@ def test_hostile_input_is_one_sentence_and_changes_nothing(home, tiny_folder, ar
 
 
 def test_names_that_are_no_text_are_shown_as_far_as_they_can_be(home, tiny_folder):
-    for name in ("dög 🐕\n", f"x{NOT_TEXT}"):
+    """A photo may be called anything; a directory is read again by what takes text alone."""
+    for name, output in (("dög 🐕\n", ()), (f"x{NOT_TEXT}", ("-o", "x"))):
         shutil.copy("two.png", f"{name}.png")
-        result = runner.invoke(app, ["mask", f"{name}.png", *CLICKS, "--class", "thing", "--model", str(tiny_folder)])
+        how = [*CLICKS, "--class", "thing", "--model", str(tiny_folder)]
+        result = runner.invoke(app, ["mask", f"{name}.png", *how, *output])
         assert result.exit_code == 0, result.exception
-        assert (home / name / "subject.json").is_file()
-    assert "x\\udcff/references/00" in result.stdout
+        assert (home / (output or (name,))[-1] / "subject.json").is_file()
+    result = runner.invoke(app, ["mask", f"{name}.png", *how])
+    assert result.exit_code == 2 and "the directory 'x\\udcff' is not valid Unicode text" in result.stderr
 
 
 def without(*path):

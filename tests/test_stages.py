@@ -220,7 +220,9 @@ def test_paper_preset_runs_the_literal_equations(masked, photo, pair, world):
     sampling = images.read_metadata(drawn)["sampling"]  # as printed, too: the copy at every step, no third pass
     assert (sampling["reuse"], sampling["subject_guidance"], sampling["schedule"]["kind"]) == (1, 1.0, "quadratic")
     silent = generate(masked.subject, world, guidance=1.0, negative_prompt="blurry").warnings
-    assert silent == ("the negative prompt says nothing at guidance 1, which has no pass to say it in; raise --guidance",)
+    assert silent == (
+        "the negative prompt says nothing at guidance 1, which has no pass to say it in; raise --guidance",
+    )
     asked = images.read_metadata(generate(masked.subject, world, reuse=2, subject_guidance=1.5, seed=1).images[0])
     assert (asked["sampling"]["reuse"], asked["sampling"]["subject_guidance"]) == (2, 1.5)
     moved = f"{left[0] + 1},{left[1]}"  # which makes the control stale: the sentence says how it was made

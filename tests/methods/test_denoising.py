@@ -107,10 +107,10 @@ def test_break_a_scene_s_attention_loss_is_nil_where_the_word_attends_to_the_sub
 def test_break_a_scene_reads_the_layers_of_16_x_16_of_sd_v1_5_and_changes_no_prediction(family, subject):
     with torch.device("meta"):
         full = UNet2DConditionModel.from_config(json.loads((CONFIGS / "unet" / "config.json").read_text()))
-    names = _layers(full)
+    names = _layers(full, 64)
     assert {".".join(n.split(".")[:2]) for n in names} == {"down_blocks.2", "up_blocks.1"} and len(names) == 2 + 3
     latents, states = torch.zeros(2, 4, 16, 16), torch.zeros(1, 77, 128)
-    sources, watched = [LatentBank(latents, states, 2)], _layers(family.unet)
+    sources, watched = [LatentBank(latents, states, 2)], _layers(family.unet, 16)
     plain = Denoising(family, family.unet, sources)(0, step_generator(0, 0))[0]
     heard = {}
     with attention_seam(family.unet, "copy"):
