@@ -40,7 +40,7 @@ def writing(root: Path, what: str) -> Iterator[None]:
             root.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
-            raise P3SError(f"{root} is being written by {_holder(path)}; wait until it is done, or stop it") from None
+            raise _held(path) from None
     try:
         with _sentence(root):
             path.write_text(
@@ -52,6 +52,21 @@ def writing(root: Path, what: str) -> Iterator[None]:
         if not Subject.exists(root):
             _leave_no_trace(root, made)
         lock.release()
+
+
+def check_free(root: Path) -> None:
+    """Raises as `writing` if another holds `root`, for longer than this question takes."""
+    if (root / LOCK).exists():
+        lock = FileLock(root / LOCK)
+        try:
+            lock.acquire(timeout=2)
+        except Timeout:
+            raise _held(root / LOCK) from None
+        lock.release()
+
+
+def _held(path: Path) -> P3SError:
+    return P3SError(f"{path.parent} is being written by {_holder(path)}; wait until it is done, or stop it")
 
 
 @contextlib.contextmanager

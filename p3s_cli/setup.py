@@ -162,7 +162,7 @@ def fetch(
 
     `vision`, `inpainter` and `control` (ControlNets) name further models, as the stages do.
 
-    Each file is held against what the hub says it is.
+    Each file is held against what the hub says it is; of metric models, configuration and weights.
 
     Parts that are there are only checked; damaged files are fetched anew. An optional part that cannot
     be had is reported as missing. Raises InputError for any other, in one sentence, and for models named beside a protocol.
@@ -198,12 +198,15 @@ def _fetch_metric(protocol: str, key: str, report) -> PartState:
     broken = _discard(integrity.damaged(_files(before)))
     MetricModel(where, how, command=f"p3s fetch {protocol}").load()
     found = hub.snapshot(*hub.split(where))
-    size = sum(f.stat().st_size for f in _files(found))
+    if wrong := integrity.damaged(_files(found)):
+        raise InputError(f"{wrong[0]} did not arrive as the hub says it is; run p3s fetch again")
+    size = sum(f.stat().st_size for f in found.rglob("*") if f.is_file()) if found else 0
     return PartState(key, where, found, size, True, "repaired" if broken else "present" if before else "fetched")
 
 
 def _files(folder: Path | None) -> list[Path]:
-    return [f for f in folder.rglob("*") if f.is_file()] if folder else []
+    """Configuration and weights; other files of a snapshot may be another program's."""
+    return [*folder.glob("config.json"), *folder.glob("*.safetensors")] if folder else []
 
 
 def _discard(broken: Sequence[Path]) -> bool:

@@ -3,14 +3,16 @@
 import json
 
 import pytest
+import tiny
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from p3s_cli import stages
 from p3s_cli.config import MaskConfig
 from p3s_cli.sd import images
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.segment import select as segment
+from p3s_cli.subject import Subject
 
 # EXIF orientation -> how the stored pixels are turned against what is seen
 TURNED = {1: None, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270, 3: Image.Transpose.ROTATE_180}
@@ -83,3 +85,17 @@ def test_masks_of_real_photos_follow_swaps_mirrors_sizes_and_ignore_the_order_of
 
 def overlap(a, b):
     return ((a & b).sum() / (a | b).sum()).item()
+
+
+def test_a_photo_masked_when_its_colour_profile_was_not_heeded_is_that_photo(tmp_path, tiny_family, monkeypatch):
+    """Its mask is made anew, from its true colours; a second look at it would be no second reference."""
+    photo, root = tiny.photo(tmp_path / "two.png"), tmp_path / "it"
+    mask = lambda: stages.mask(photo, ["18,32"], ["46,32"], root, "thing", family=tiny_family)  # noqa: E731
+    monkeypatch.setattr(images, "_managed", lambda image: image)
+    mask()
+    (before,) = Subject.open(root).manifest.references
+    monkeypatch.setattr(images, "_managed", lambda image: ImageOps.invert(image.convert("RGB")))
+    assert not mask().unchanged and mask().unchanged
+    (after,) = Subject.open(root).manifest.references
+    assert after.photo_sha256 != before.photo_sha256 and after.folder == before.folder
+    assert images.pixel_hash(images.load_image(photo)) == after.photo_sha256

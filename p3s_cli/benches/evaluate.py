@@ -259,7 +259,7 @@ def self_check(
             f"{alone.photos[0]} is the one photo of {alone.name}, with no other to compare it with; add one, or take its line out of the index"
         )
     family = load(model, device)
-    with writing(Path(work), "p3s eval"):
+    with shards.at_work(Path(work), None, "p3s eval"):
         run = Run(Path(work), family, Judge(chosen, family.folder, family.device), Plan(), on_progress or silent)
         for k, sitter in enumerate(sitters):
             run.report(f"real photos: {sitter.name}", k, len(sitters))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from p3s_cli.errors import InputError
-from p3s_cli.lock import writing
+from p3s_cli.lock import check_free, writing
 
 T = TypeVar("T")
 
@@ -43,8 +43,10 @@ def desks(work: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def at_work(work: Path, which: str | None, what: str) -> Iterator[None]:
-    """Hold a shard's desk; the whole holds everybody's, its own last. Raises as `writing`, where a shard is still at work."""
+    """Hold a shard's desk; the whole holds all there are, its own last. Raises as `writing`, where the other is at work."""
     with contextlib.ExitStack() as held:
+        if which:
+            check_free(work)
         for folder in [desk(work, which)] if which else reversed(desks(work)):
             held.enter_context(writing(folder, what))
         yield

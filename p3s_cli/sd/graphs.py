@@ -102,10 +102,10 @@ class Recording(Generic[R]):
         return truth
 
 
-def told(error: RuntimeError) -> None:
-    """The first line of the error; where a recording broke off, of the one that broke it as well, and all of both for a debugger."""
+def told(error: RuntimeError, of: str = "here") -> None:
+    """That there is none `of` something, and why: the first line of the error; where a recording broke off, of the one that broke it as well, and all of both for a debugger."""
     causes = [e for e in (error, error.__context__) if e is not None]
-    _log.warning("no CUDA graph here, going on without: %s", ", after: ".join(str(e).split("\n")[0] for e in causes))
+    _log.warning("no CUDA graph %s, going on without: %s", of, ", after: ".join(str(e).split("\n")[0] for e in causes))
     _log.debug("where it came from", exc_info=error)
 
 

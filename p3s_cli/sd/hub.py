@@ -22,12 +22,14 @@ from safetensors import SafetensorError
 from p3s_cli import signals
 from p3s_cli.errors import InputError, P3SError
 
-_FULL = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-}  # what a disk, or a user's share of it, says when there is no more room
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, or of a user's share of it
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class NoRoomError(InputError):
+    """There is no room for what is to be fetched. For whoever can do without it, as any other that is not here."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def _online(
             raise
         except Exception as caught:  # the HTTP library behind the client, and its errors, change with its version
             if any(isinstance(e, OSError) and e.errno in _FULL for e in _causes(caught)):
-                raise P3SError(_no_room(name, fetch)) from caught
+                raise NoRoomError(_no_room(name, fetch)) from caught
             error = error or caught
     raise InputError(
         f"{name} could not be fetched ({_reason(error)}); mend that, then run `{fetch}`{without}"

@@ -30,10 +30,10 @@ MAX_PIXELS = 100_000_000
 MIN_SIDE = 16
 
 
-def load_image(path: Path) -> Image.Image:
-    """Read a photo as its taker sees it: EXIF-upright, sRGB, transparency over white, 16 bit scaled to 8.
+def load_image(path: Path, managed: bool = True) -> Image.Image:
+    """Read a photo as its taker sees it: EXIF-upright, RGB, transparency over white, 16 bit scaled to 8.
 
-    Raises InputError naming the file if it is absent, no JPEG, PNG or WebP, broken, tiny or huge.
+    RGB, CMYK and grey pictures with a colour profile are brought to sRGB, if `managed`. Raises InputError naming the file if it is absent, no JPEG, PNG or WebP, broken, tiny or huge.
     """
     try:
         if not path.exists():
@@ -46,7 +46,7 @@ def load_image(path: Path) -> Image.Image:
         if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
             raise InputError(f"{path} is animated; give one frame of it")
         image.load()
-        upright = _rgb(ImageOps.exif_transpose(_managed(image)))
+        upright = _rgb(ImageOps.exif_transpose(_managed(image) if managed else image))
         upright.info = {}  # nothing but pixels leaves here: no EXIF, GPS, XMP or comment
     if min(upright.size) < MIN_SIDE:
         raise InputError(

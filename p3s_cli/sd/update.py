@@ -19,8 +19,8 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "root", "root_scal
 class Update:
     """An optimiser over named parameters, each with a rate of its own.
 
-    Its Python alone takes as long as a fast card's mathematics. So where a step's gradients lie where the last one's did, it is
-    recorded, and counts once a replay has moved everything to the very bits that the optimiser moves it to; that takes twice the
+    Its Python alone takes as long as a fast card's mathematics. So where gradients keep their place a step is recorded, replayed for
+    as long as they lie there, and counts once a replay has moved everything to the very bits that the optimiser moves it to; that takes twice the
     memory of weights and moments, for a moment, and where there is not so much all goes on without.
     """
 
@@ -75,7 +75,7 @@ class Update:
                 self._replay, self._gradients = self._recorded(record), self._given()
             except RuntimeError as error:
                 self._refused = True
-                graphs.told(error)
+                graphs.told(error, "of the optimiser's step")
 
     def clear(self) -> None:
         """Let go of the gradients."""

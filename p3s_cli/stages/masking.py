@@ -92,7 +92,7 @@ def mask(
         if subject is None:
             manifest = Manifest(class_word="?", identifier=family.profile.identifier, model=family.source)
             subject = Subject(root, manifest)
-        reference = _reference_for(subject, picture, clicks)
+        reference = _reference_for(subject, photo, picture, clicks)
         options = settings.as_settings(mask_config) | {
             "preset": preset,
             "vision": vision,
@@ -163,11 +163,15 @@ class _Made(BaseModel):
     warnings: list[str]
 
 
-def _reference_for(subject: Subject, picture: Image.Image, clicks: work.Clicks) -> Reference:
+def _reference_for(subject: Subject, photo: Path, picture: Image.Image, clicks: work.Clicks) -> Reference:
     """The reference with this very photo and these clicks; a new one if the subject does not have the photo yet."""
     sha = images.pixel_hash(picture)
+    known = [r.photo_sha256 for r in subject.manifest.references]
+    # a former p3s threw the photo's colour profile away
+    former = images.pixel_hash(images.load_image(photo, managed=False)) if known and sha not in known else sha
     for reference in subject.manifest.references:
-        if reference.photo_sha256 == sha:
+        if reference.photo_sha256 in (sha, former):
+            reference.photo_sha256 = sha
             reference.positive, reference.negative, reference.box = clicks.positive, clicks.negative, clicks.box
             return reference
     reference = Reference(

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from p3s_cli import setup, signals
-from p3s_cli.errors import InputError, P3SError
+from p3s_cli.errors import InputError
 from p3s_cli.sd import controlnet, hub, profile
 from p3s_cli.sd.family import load
 from p3s_cli.sd.fingerprints import fingerprint
@@ -108,7 +108,7 @@ def answers(kind):
         (gives(answers(errors.RepositoryNotFoundError)), InputError, "has no such repository"),
         (gives(answers(errors.GatedRepoError)), InputError, "accept the terms"),
         (gives(SafetensorError("header too large")), InputError, "header too large"),
-        (lambda given: full(), P3SError, "no room to fetch it into"),
+        (lambda given: full(), hub.NoRoomError, "no room to fetch it into"),
     ],
     ids=["no safetensors", "connection lost", "no repository", "gated", "damaged", "disk full"],
 )
@@ -126,15 +126,25 @@ def test_a_damaged_metric_model_is_named_offline_and_comes_anew_where_it_can(cac
     _, how = next(iter(setup.PROTOCOLS["dreambooth"].models.values()))
     models = {"CLIP": (f"tiny/world@{COMMIT}", how)}
     monkeypatch.setitem(setup.PROTOCOLS, "dreambooth", replace(setup.PROTOCOLS["dreambooth"], models=models))
-    blob = (cache / f"models--tiny--world/snapshots/{COMMIT}/vae/diffusion_pytorch_model.safetensors").resolve()
-    whole = blob.read_bytes()
-    monkeypatch.setattr(setup.MetricModel, "load", lambda self: blob.exists() or blob.write_bytes(whole))
+    snapshot = cache / f"models--tiny--world/snapshots/{COMMIT}"
+    whole = (snapshot / "vae/diffusion_pytorch_model.safetensors").read_bytes()
+    link, blob = snapshot / "model.safetensors", cache / "models--tiny--world/blobs" / hashlib.sha256(whole).hexdigest()
+    link.symlink_to(blob)
+
+    def brought(content):
+        return lambda self: link.exists() or (blob.write_bytes(content), link.symlink_to(blob))
+
+    monkeypatch.setattr(setup.MetricModel, "load", brought(whole))
     assert [p.state for p in setup.fetch("dreambooth")] == ["present"]
     blob.write_bytes(whole[:-1] + b"?")
-    with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors is damaged and HF_HUB_OFFLINE is set"):
+    with pytest.raises(InputError, match="model.safetensors is damaged and HF_HUB_OFFLINE is set"):
         setup.fetch("dreambooth")
     monkeypatch.setattr(hub, "offline", lambda: False)
-    assert [p.state for p in setup.fetch("dreambooth")] == ["repaired"] and blob.read_bytes() == whole
+    assert [p.state for p in setup.fetch("dreambooth")] == ["repaired"] and link.read_bytes() == whole
+    link.unlink()
+    monkeypatch.setattr(setup.MetricModel, "load", brought(whole[:-1] + b"?"))
+    with pytest.raises(InputError, match="model.safetensors did not arrive as the hub says it is"):
+        setup.fetch("dreambooth")
 
 
 def test_every_model_named_in_the_package_is_pinned_to_a_commit():
