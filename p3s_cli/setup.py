@@ -16,7 +16,7 @@ from p3s_cli.errors import InputError
 from p3s_cli.evals.models import MetricModel
 from p3s_cli.evals.protocols import PROTOCOLS
 from p3s_cli.methods import memory
-from p3s_cli.sd import controlnet, hub, integrity
+from p3s_cli.sd import controlnet, fetching, hub, integrity
 from p3s_cli.sd import family as families
 from p3s_cli.sd import profile as profiles
 from p3s_cli.sd.devices import resolve_device, resolve_dtype
@@ -116,7 +116,7 @@ def doctor(
         device=device,
         device_bytes=available,
         dtype=str(kind).removeprefix("torch."),
-        offline=hub.offline(),
+        offline=fetching.offline(),
         model=model,
         parts=parts,
         memory=name,
@@ -130,7 +130,7 @@ def _advice(wanted: Wanted, device: str, parts: tuple[PartState, ...], needs: di
     missing = [p.name for p in parts if p.state == "missing" and p.needed]
     spared = [p.name for p in parts if p.state == "missing" and not p.needed]
     if missing or spared:
-        first = "unset HF_HUB_OFFLINE, then run" if hub.offline() else "run"
+        first = "unset HF_HUB_OFFLINE, then run" if fetching.offline() else "run"
         advice.append(f"{first}: {wanted.command}   (missing: {', '.join(missing + spared)})")
     if "inpainter" in spared:
         advice.append("without the inpainter, p3s mask removes look-alikes with the base's own U-Net")
@@ -217,7 +217,7 @@ def _discard(broken: Sequence[Path]) -> bool:
     for file in broken:
         if not integrity.cached(file):
             raise InputError(f"{file} is damaged; restore it from where it came")
-        if hub.offline():
+        if fetching.offline():
             raise InputError(f"{file} is damaged and HF_HUB_OFFLINE is set; unset it and run p3s fetch again")
     for file in broken:
         file.resolve().unlink(missing_ok=True)  # two names may have one content

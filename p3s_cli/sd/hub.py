@@ -7,12 +7,9 @@ Weights are only ever safetensors.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +17,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from p3s_cli import signals
-from p3s_cli.errors import InputError, P3SError
+from p3s_cli.errors import InputError
+from p3s_cli.sd import fetching
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, or of a user's share of it
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-class NoRoomError(InputError):
-    """There is no room for what is to be fetched. For whoever can do without it, as any other that is not here."""
-
-    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -72,11 +63,6 @@ def named(where: str, subfolder: str | None) -> str:
     return f"{where}/{subfolder}" if subfolder else where
 
 
-def offline() -> bool:
-    """Whether the user has switched the hub off (`HF_HUB_OFFLINE`)."""
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
-
-
 def from_pretrained(
     kind: Any,
     source: str,
@@ -104,12 +90,14 @@ def from_pretrained(
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as caught:
             error = error or caught
     if Path(where).exists():
-        raise InputError(f"{named(where, subfolder)} cannot be read ({first_line(error)}); {remedy}") from error
+        raise InputError(
+            f"{named(where, subfolder)} cannot be read ({fetching.first_line(error)}); {remedy}"
+        ) from error
 
     def get(given: dict) -> Any:
         return kind.from_pretrained(where, **given, **options)
 
-    return _online(get, tries, named(where, subfolder), fetch, otherwise)
+    return fetching.online(get, tries, named(where, subfolder), fetch, otherwise)
 
 
 def load(kind: Any, part: Part, fetch: str = "p3s fetch", **options: Any) -> Any:
@@ -134,76 +122,6 @@ def load(kind: Any, part: Part, fetch: str = "p3s fetch", **options: Any) -> Any
             "restore it, or name another"
         )
     return model
-
-
-def _online(
-    get: Callable[[dict], Any],
-    tries: Sequence[dict],
-    name: str,
-    fetch: str = "p3s fetch",
-    otherwise: str = "--model world needs neither",
-) -> Any:
-    switch = " (HF_HUB_OFFLINE is set)" if offline() else ""
-    without = "" if "world" in fetch.split() else f" ({otherwise})"
-    if offline() or not _reachable():
-        raise InputError(
-            f"{name} is not on this machine and cannot be fetched without a network{switch}; "
-            f"fetch it with `{fetch}` where there is one{without}"
-        )
-    error: Exception | None = None
-    for given in tries:
-        try:
-            return get(given)
-        except P3SError:
-            raise
-        except Exception as caught:  # the HTTP library behind the client, and its errors, change with its version
-            if any(isinstance(e, OSError) and e.errno in _FULL for e in _causes(caught)):
-                raise NoRoomError(_no_room(name, fetch)) from caught
-            error = error or caught
-    raise InputError(
-        f"{name} could not be fetched ({_reason(error)}); mend that, then run `{fetch}`{without}"
-    ) from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _no_room(name: str, fetch: str) -> str:
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
-    return f"no room to fetch {name} into {cache}, where {free:,} bytes are free; make room, then run `{fetch}`"
-
-
-def _reason(error: Exception | None) -> str:
-    """Why the hub did not give it, in a few words."""
-    from huggingface_hub import errors
-
-    told = (
-        (errors.GatedRepoError, "its owner asks who wants it; accept the terms on its page and log in"),
-        (errors.RepositoryNotFoundError, "the hub has no such repository, or shows it only to others"),
-        (errors.RevisionNotFoundError, "the repository has no such revision"),
-    )
-    for cause in _causes(error):
-        for kind, words in told:
-            if isinstance(cause, kind):
-                return words
-    return first_line(error) or type(error).__name__
-
-
-def _reachable() -> bool:
-    """One short request, because the hub's client asks for half a minute before it gives up."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # the HTTP library behind the client, and its errors, change with its version
-        return False
-    return True
 
 
 def folder(part: Part) -> Path | None:
@@ -271,7 +189,7 @@ def lists(source: str, component: str, online: bool = False) -> bool:
         return (Path(where) / component).is_dir()
     found = snapshot(where, revision)
     index = found / "model_index.json" if found else None
-    if online and not offline() and not (index and index.is_file()):
+    if online and not fetching.offline() and not (index and index.is_file()):
         with contextlib.suppress(InputError):
             index = bring(Part("index", source, any_of=("model_index.json",))) / "model_index.json"
     if index is None or not index.is_file():
@@ -300,7 +218,9 @@ def bring(part: Part, fetch: str = "p3s fetch") -> Path:
             raise OSError(f"{repo} has no whole {part.name} in safetensors")
         return found
 
-    return _online(get, [{"variant": v} for v in (part.variants if part.weights else (None,))], part.where, fetch)
+    return fetching.online(
+        get, [{"variant": v} for v in (part.variants if part.weights else (None,))], part.where, fetch
+    )
 
 
 def _weight_patterns(stem: str | None, variant: str | None) -> list[str]:
@@ -320,7 +240,3 @@ def loaded(inside: Path, part: Part) -> list[Path]:
     """The files that a part is loaded from, by name: its configuration, its weights, and the index of their shards."""
     found, index = weight_files(inside, part), inside / _index(part.weights, _variant(inside, part))
     return sorted([inside / "config.json", *found, *([index] if len(found) > 1 else [])])
-
-
-def first_line(error: Exception | None) -> str:
-    return str(error).strip().split("\n")[0]

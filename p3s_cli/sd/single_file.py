@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from p3s_cli import signals
 from p3s_cli.errors import InputError
-from p3s_cli.sd import hub
+from p3s_cli.sd import fetching
 
 CONFIGS = Path(__file__).parent / "profiles" / "sd15"
 _FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
@@ -47,7 +47,7 @@ def load_part(path: Path, part: str, configs: Path = CONFIGS) -> Any:
             return _text_encoder(path, configs) if part not in kinds else _converted(kinds[part], path, part, configs)
     except (SingleFileComponentError, SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{path} holds no {part} of the SD v1 layout ({hub.first_line(error)}); give a full SD v1 checkpoint or a diffusers folder"
+            f"{path} holds no {part} of the SD v1 layout ({fetching.first_line(error)}); give a full SD v1 checkpoint or a diffusers folder"
         ) from error
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from p3s_cli import setup, signals
 from p3s_cli.errors import InputError
-from p3s_cli.sd import controlnet, hub, profile
+from p3s_cli.sd import controlnet, fetching, hub, profile
 from p3s_cli.sd.family import load
 from p3s_cli.sd.fingerprints import fingerprint
 
@@ -108,16 +108,16 @@ def answers(kind):
         (gives(answers(errors.RepositoryNotFoundError)), InputError, "has no such repository"),
         (gives(answers(errors.GatedRepoError)), InputError, "accept the terms"),
         (gives(SafetensorError("header too large")), InputError, "header too large"),
-        (lambda given: full(), hub.NoRoomError, "no room to fetch it into"),
+        (lambda given: full(), fetching.NoRoomError, "no room to fetch it into"),
     ],
     ids=["no safetensors", "connection lost", "no repository", "gated", "damaged", "disk full"],
 )
 def test_why_a_model_could_not_be_fetched_is_said(monkeypatch, get, kind, words):
     """And not that there is no network, where there is one."""
-    monkeypatch.setattr(hub, "offline", lambda: False)
-    monkeypatch.setattr(hub, "_reachable", lambda: True)
+    monkeypatch.setattr(fetching, "offline", lambda: False)
+    monkeypatch.setattr(fetching, "_reachable", lambda: True)
     with pytest.raises(kind, match=words) as raised:
-        hub._online(get, [{}, {}], "it", "p3s fetch it")
+        fetching.online(get, [{}, {}], "it", "p3s fetch it")
     assert type(raised.value) is kind and "`p3s fetch it`" in str(raised.value)
     assert "without a network" not in str(raised.value)
 
@@ -139,7 +139,7 @@ def test_a_damaged_metric_model_is_named_offline_and_comes_anew_where_it_can(cac
     blob.write_bytes(whole[:-1] + b"?")
     with pytest.raises(InputError, match="model.safetensors is damaged and HF_HUB_OFFLINE is set"):
         setup.fetch("dreambooth")
-    monkeypatch.setattr(hub, "offline", lambda: False)
+    monkeypatch.setattr(fetching, "offline", lambda: False)
     assert [p.state for p in setup.fetch("dreambooth")] == ["repaired"] and link.read_bytes() == whole
     link.unlink()
     monkeypatch.setattr(setup.MetricModel, "load", brought(whole[:-1] + b"?"))
@@ -290,7 +290,7 @@ def test_fetch_brings_a_whole_family_from_a_hub_and_repairs_what_is_damaged(weig
         "second, third = setup.fetch(name, **named), setup.doctor(name, **named).parts\n"
         "print(json.dumps([first, [p.state for p in second], [p.state for p in third]]))\n"
         "from p3s_cli.sd import controlnet; from diffusers import ControlNetModel\n"
-        "hub._online = None  # the hub is not asked again\n"
+        "from p3s_cli.sd import fetching; fetching.online = None  # the hub is not asked again\n"
         "hub.load(ControlNetModel, controlnet.part(net))"
     )
     here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
