@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 import p3s_cli
 from p3s_cli.sd.weights import load_tensors
+from p3s_cli.world.recipe.contrast import pooled, stage_vision_fresh
 from p3s_cli.world.recipe.export import stage_export, stage_reopen
 from p3s_cli.world.recipe.tokens import Tokens
 from p3s_cli.world.recipe.words import phrases
@@ -58,3 +59,30 @@ def test_no_processor_is_asked_for_a_precision_that_it_only_emulates(tmp_path, m
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
     with Workshop(tmp_path, "cpu", seed=0, scenes=0).autocast():
         assert torch.nn.functional.linear(torch.ones(1, 2), torch.ones(3, 2)).dtype == dtype
+
+
+def test_asking_the_last_layer_for_the_class_token_alone_changes_nothing():
+    tower = CLIPModel.from_pretrained(WEIGHTS / "clip").float().vision_model
+    pixels = torch.rand(3, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(pooled(tower, tower.embeddings(pixels)), tower(pixels).pooler_output)
+
+
+def test_a_round_on_fresh_scenes_moves_the_upper_half_alone_and_resumes_to_the_same_bits(tmp_path):
+    def trained(work: Path, *until: int | None) -> dict[str, torch.Tensor]:
+        stage_reopen(Workshop(work, "cpu", seed=0, scenes=0))
+        for stop in until:
+            stage_vision_fresh(Workshop(work, "cpu", seed=0, scenes=0, steps=3, batch=8, until=stop))
+        return load_tensors(work / "family/clip/model.safetensors")[0]
+
+    whole, pieces = trained(tmp_path / "whole", None), trained(tmp_path / "pieces", 2, None)
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    before = load_tensors(WEIGHTS / "clip/model.safetensors")[0]
+    moved = {name for name in whole if not torch.equal(whole[name], before[name].float())}
+    upper = (
+        "vision_model.encoder.layers.2",
+        "vision_model.encoder.layers.3",
+        "vision_model.post_layernorm",
+        "visual_projection",
+    )
+    assert moved and all(name.startswith(upper) for name in moved)

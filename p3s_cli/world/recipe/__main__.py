@@ -22,6 +22,7 @@ from p3s_cli.world.recipe.contrast import (
     stage_clip,
     stage_tokenizer,
     stage_vision,
+    stage_vision_fresh,
     stage_vision_kinds,
     stage_vision_long,
 )
@@ -40,6 +41,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "vision": stage_vision,
     "vision_long": stage_vision_long,
     "vision_kinds": stage_vision_kinds,
+    "vision_fresh": stage_vision_fresh,
     "unet": stage_unet,
     "reward": stage_reward,
     "unet_reward": stage_unet_reward,
