@@ -14,10 +14,12 @@ from p3s_cli.cli import mask, tuning, drawing, evaluating, sharing, setting_up  
 
 # isort: on
 from p3s_cli.cli.app import app
+from p3s_cli.cli.heap import keep_freed
 
 
 def run() -> None:
     """Entry point. Hub libraries keep their notices to themselves; SIGINT and SIGTERM end it in good order."""
+    keep_freed()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
