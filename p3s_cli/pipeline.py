@@ -26,7 +26,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 from p3s_cli import config as settings
 from p3s_cli.errors import InputError
-from p3s_cli.methods.base import Learnt, SubjectPart, check_pair
+from p3s_cli.methods.base import Learnt, SubjectPart, check_made_for, check_pair
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.methods.sampling import settled
 from p3s_cli.sd import controlnet as controls
@@ -106,7 +106,7 @@ class P3SPipeline(StableDiffusionPipeline):
             if one.method != "p3s":
                 raise InputError(f"{one.root} is tuned by {one.method}; P3SPipeline draws what p3s learnt")
             if roots:
-                one.check_control(family.fingerprint)
+                check_made_for(one, family)
         if "safety_checker" not in kwargs and family.safety_checker is not None:
             kwargs["safety_checker"], kwargs["feature_extractor"] = family.safety_checker
         nets = controls.gathered(family, kwargs.get("controlnet", Path(base) if inside.is_dir() else None))

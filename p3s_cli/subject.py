@@ -130,7 +130,7 @@ class Subject:
 
     def check_control(self, base_fingerprint: str) -> None:
         """Raises InputError unless the control on disk is whole and belongs to these masks and this base."""
-        stage, again = self.tuned(), self._finetune_again
+        stage, again = self.tuned(), self.finetune_again
         theirs = stage.settings["base_fingerprint"]
         if theirs != base_fingerprint:
             raise InputError(
@@ -166,7 +166,7 @@ class Subject:
         return " ".join(["p3s", "finetune", shlex.quote(str(self.root)), *options])
 
     @property
-    def _finetune_again(self) -> str:
+    def finetune_again(self) -> str:
         """The command that tunes as it was tuned, on that base, for as long and as fast."""
         made = self.tuned().settings
         config = made["config"] if isinstance(made.get("config"), dict) else {}

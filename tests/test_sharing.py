@@ -237,6 +237,25 @@ def test_an_import_is_refused_another_clip_pair(moved, tmp_path, monkeypatch):
         stages.import_subject(file, tmp_path / "in", **paths)
 
 
+def test_drawing_and_export_are_refused_once_the_clip_pair_has_changed(moved, tmp_path):
+    """Its name is the recorded one; what the control was taught to see is no longer what it would be shown."""
+    file, base = moved
+    root = stages.import_subject(
+        file, tmp_path / "in", model=str(base), vision=str(base / "clip"), device="cpu"
+    ).subject
+    weights = base / "clip/model.safetensors"
+    tensors, metadata = load_tensors(weights)
+    save_tensors(weights, {name: 0.9 * t for name, t in tensors.items()}, metadata)
+    for command in (
+        lambda: stages.generate(root, "a [V] thing", n=1, steps=1, device="cpu"),
+        lambda: stages.export_subject(root, tmp_path / "again.p3s.safetensors", device="cpu"),
+    ):
+        with pytest.raises(
+            InputError, match="tuned through another CLIP pair: .* has changed since; .* or run: p3s finetune"
+        ):
+            command()
+
+
 def test_an_export_names_no_folder_of_its_maker_and_an_import_says_which_base_is_wanted(
     exported, tmp_path, tiny_folder, monkeypatch
 ):

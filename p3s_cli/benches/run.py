@@ -29,6 +29,7 @@ from p3s_cli.evals.scoring import Judge
 from p3s_cli.evals.truth import Result
 from p3s_cli.lock import writing
 from p3s_cli.methods import pace
+from p3s_cli.methods.base import seen_alike
 from p3s_cli.sd.family import Family
 from p3s_cli.subject import CONTROL, Subject, digest
 
@@ -227,6 +228,8 @@ def _copy_control(source: Path, target: Path, method: str, family: Family) -> bo
     stage = owned.manifest.finetune
     here = {"base_fingerprint": family.fingerprint, "vision": family.profile.clip}
     if stage is None or owned.method != method or not here.items() <= stage.settings.items():
+        return False
+    if not seen_alike(owned, family):
         return False
     owned.check_control(here["base_fingerprint"])
     with writing(target, "p3s eval"):  # which first ends what a killed run had begun

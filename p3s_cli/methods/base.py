@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from p3s_cli.config import FinetuneConfig, GenerateConfig
 from p3s_cli.errors import InputError
+from p3s_cli.manifest import SEEN_BY
 from p3s_cli.sd.family import Family, Profile
 from p3s_cli.sd.sample import Eps
 from p3s_cli.sd.train import Checkpoint, Loss, OnStep, Recipe, train
@@ -75,6 +76,22 @@ class SubjectPart:
 
     learnt: Learnt
     strength: float = 1.0
+
+
+def check_made_for(subject: Subject, family: Family) -> None:
+    """Raises InputError unless the control is whole and belongs to the subject's masks, this base and this CLIP pair."""
+    subject.check_control(family.fingerprint)
+    if not seen_alike(subject, family):
+        raise InputError(
+            f"{subject.root} was tuned through another CLIP pair: {family.profile.clip} has changed since; bring that one "
+            f"back, or run: {subject.finetune_again}"
+        )
+
+
+def seen_alike(subject: Subject, family: Family) -> bool:
+    """Whether the family's CLIP pair is, by its files, the one of the subject's tuning; also if one of them is not known."""
+    theirs = subject.tuned().settings.get(SEEN_BY)
+    return theirs is None or family.pair_fingerprint in (theirs, None)
 
 
 def check_pair(subjects: Sequence[Subject]) -> None:

@@ -24,6 +24,7 @@ from p3s_cli.errors import InputError
 from p3s_cli.sd import hub, single_file
 from p3s_cli.sd import profile as profiles
 from p3s_cli.sd.devices import resolve_device, resolve_dtype
+from p3s_cli.sd.fingerprints import fingerprint
 from p3s_cli.sd.hub import Part
 from p3s_cli.sd.libraries import diffusers
 from p3s_cli.sd.profile import CLASSICAL, Profile
@@ -207,6 +208,15 @@ class Family:
             for file in hub.loaded(inside, part):
                 digest.update(f"{name}/{file.name}:{sha256(file)}\n".encode())
         return digest.hexdigest()
+
+    @cached_property
+    def pair_fingerprint(self) -> str | None:
+        """sha256 over the files of the CLIP pair, the same in every precision; None for one that was made in memory."""
+        found = fingerprint(self.profile, "clip")
+        if found is None:
+            _ = self.vision  # is fetched
+            found = fingerprint(self.profile, "clip")
+        return found
 
     def _base_part(self, kind: Any, name: str) -> Any:
         if self.profile.single:

@@ -12,6 +12,7 @@ from p3s_cli import config as settings
 from p3s_cli import methods
 from p3s_cli.errors import InputError
 from p3s_cli.lock import one_writer
+from p3s_cli.methods.base import check_made_for
 from p3s_cli.methods.memory import choose, within
 from p3s_cli.methods.sampling import settled
 from p3s_cli.sd import images, sample, text
@@ -112,7 +113,7 @@ def generate(
     report("loading the models", 0, 1)
     family = family or load(model or tuned.settings["base"], device, dtype, tuned.settings.get("vision"))
     for one in subjects:
-        one.check_control(family.fingerprint)
+        check_made_for(one, family)
     sampling = settled(sampling, family.profile, subject, schedule)
     order = Order(family, subject, joined, prompt, words, sampling, safety_checker)
     warnings = text.check_words(family.tokenizer, prompt, negative_prompt, identifiers)

@@ -19,7 +19,7 @@ from p3s_cli.errors import InputError
 from p3s_cli.lock import reading, unfinished, writing
 from p3s_cli.manifest import SEEN_BY, Manifest, Reference, Stage
 from p3s_cli.methods import lowrank
-from p3s_cli.methods.base import Learnt
+from p3s_cli.methods.base import Learnt, check_made_for
 from p3s_cli.methods.photos import mask_tensors
 from p3s_cli.paper.model import P3SControl
 from p3s_cli.sd.family import Family, load
@@ -71,7 +71,7 @@ def export_subject(
         subject.check_masks()
         tuned = subject.tuned()
         family = family or load(model or tuned.settings["base"], device, vision=tuned.settings.get("vision"))
-        subject.check_control(family.fingerprint)
+        check_made_for(subject, family)
         if subject.method != "p3s":
             raise InputError(f"{subject.root} is tuned by {subject.method}; only what p3s learnt is exported")
         report("factorising", 0, 1)

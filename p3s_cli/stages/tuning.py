@@ -25,7 +25,6 @@ from p3s_cli.sd import images
 from p3s_cli.sd.base import check_base
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
-from p3s_cli.sd.fingerprints import fingerprint
 from p3s_cli.sd.train import Checkpoint
 from p3s_cli.sd.weights import save_tensors
 from p3s_cli.stages.progress import Progress, silent
@@ -150,18 +149,9 @@ def _options(teacher: Method, recipe: Any, memory: str, family: Family) -> dict[
     for how in ("memory", "compiled", "captured"):
         config.pop(how, None)
     base = {"base_fingerprint": family.fingerprint, "base": family.source, "vision": family.profile.clip}
-    weights = _clip_fingerprint(family) if "vision" in teacher.heeds else None
+    weights = family.pair_fingerprint if "vision" in teacher.heeds else None
     seen = {SEEN_BY: weights} if weights else {}
     return {"method": teacher.name, "config": config, "memory": memory} | base | seen
-
-
-def _clip_fingerprint(family: Family) -> str | None:
-    """Of the CLIP pair's files, which are the same in every precision; None for one that was made in memory."""
-    found = fingerprint(family.profile, "clip")
-    if found is None:
-        _ = family.vision  # is fetched
-        found = fingerprint(family.profile, "clip")
-    return found
 
 
 def _as_told(wanted: Stage, subject: Subject) -> Stage:
