@@ -25,6 +25,7 @@ from p3s_cli.world.recipe.contrast import (
     stage_vision_fresh,
     stage_vision_kinds,
     stage_vision_long,
+    stage_vision_whole,
 )
 from p3s_cli.world.recipe.denoiser import stage_unet
 from p3s_cli.world.recipe.export import stage_export, stage_reopen
@@ -42,6 +43,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "vision_long": stage_vision_long,
     "vision_kinds": stage_vision_kinds,
     "vision_fresh": stage_vision_fresh,
+    "vision_whole": stage_vision_whole,
     "unet": stage_unet,
     "reward": stage_reward,
     "unet_reward": stage_unet_reward,

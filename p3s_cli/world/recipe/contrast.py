@@ -80,12 +80,22 @@ def stage_vision_fresh(shop: Workshop) -> None:
 
     Five in six steps show the patches that a subject reaches and as many of the others as make 3 in 8.
     """
+    _on_fresh_scenes(shop, "vision_fresh", _FRESH, whole=1 / 6)
+
+
+def stage_vision_whole(shop: Workshop) -> None:
+    """Further scenes, all patches of them: among few others a spout weighs more than it will among all."""
+    _on_fresh_scenes(shop, "vision_whole", 2 * _FRESH, whole=1.0)
+
+
+def _on_fresh_scenes(shop: Workshop, stage: str, first: int, whole: float) -> None:
+    """Scenes from the seed `first` on; `whole` is the share of steps that show all patches."""
     clip = _upper_half(shop)
     patches = (SIZE // clip.config.vision_config.patch_size) ** 2
 
     def draw(step: int, generator: torch.Generator, one_place: bool) -> tuple[Pool, Tensor]:
-        n = shop.length("vision_fresh").batch
-        scenes = [sample_scene(_FRESH + n * step + i, _MOSTLY_ALONE) for i in range(n)]
+        n = shop.length(stage).batch
+        scenes = [sample_scene(first + n * step + i, _MOSTLY_ALONE) for i in range(n)]
         if one_place:
             place = list(BACKGROUNDS)[int(torch.randint(len(BACKGROUNDS), (1,), generator=generator))]
             scenes = [replace(scene, background=place) for scene in scenes]
@@ -93,13 +103,13 @@ def stage_vision_fresh(shop: Workshop) -> None:
 
     def look(pool: Pool, index: Tensor, step: int, generator: torch.Generator) -> Tensor:
         hidden = clip.vision_model.embeddings(pool.pixels(index))
-        if torch.rand(1, generator=generator).item() < 5 / 6:
+        if torch.rand(1, generator=generator).item() >= whole:
             reached = (pool.subjects[index].flatten(1) > 0) + torch.rand(len(index), patches, generator=generator)
             keep = F.pad(reached.topk(3 * patches // 8).indices + 1, (1, 0))  # the class token comes first, and stays
             hidden = hidden.gather(1, keep.to(shop.device)[..., None].expand(-1, -1, hidden.shape[-1]))
         return clip.visual_projection(pooled(clip.vision_model, hidden))
 
-    _contrast(shop, "vision_fresh", clip, look, alike=0.5, wordings=_MOSTLY_KINDS, draw=draw)
+    _contrast(shop, stage, clip, look, alike=0.5, wordings=_MOSTLY_KINDS, draw=draw)
 
 
 def _upper_half(shop: Workshop) -> CLIPModel:
