@@ -163,9 +163,7 @@ class _Glimpse:
         order = torch.randperm(self._patches, generator=generator)[:shown] + 1
         keep = torch.cat((torch.zeros(1, dtype=torch.long), order)).to(self._shop.device)
         tower = self._clip.vision_model
-        hidden = tower.pre_layrnorm(tower.embeddings(pool.pixels(index))[:, keep])
-        hidden = tower.encoder(inputs_embeds=hidden).last_hidden_state
-        return self._clip.visual_projection(tower.post_layernorm(hidden[:, 0]))
+        return self._clip.visual_projection(pooled(tower, tower.embeddings(pool.pixels(index))[:, keep]))
 
 
 def _contrast(
