@@ -1,5 +1,8 @@
 """What the text tower of `world` has to name, spelt out on one caption; the family taken up again as it was left."""
 
+import math
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +11,13 @@ from transformers import CLIPModel, CLIPTokenizer
 
 import p3s_cli
 from p3s_cli.sd.weights import load_tensors
-from p3s_cli.world.recipe.contrast import pooled, stage_vision_fresh
+from p3s_cli.world.recipe.contrast import kinds_of_patches, pooled, stage_vision_fresh
 from p3s_cli.world.recipe.export import stage_export, stage_reopen
 from p3s_cli.world.recipe.tokens import Tokens
 from p3s_cli.world.recipe.words import phrases
 from p3s_cli.world.recipe.workshop import Workshop
-from p3s_cli.world.scenes import caption, sample_scene
+from p3s_cli.world.scenes import caption, sample_instance, sample_scene, solo
+from p3s_cli.world.shapes import CATEGORIES
 
 WEIGHTS = Path(p3s_cli.__file__).parent / "world" / "weights"
 
@@ -86,3 +90,17 @@ def test_a_round_on_fresh_scenes_moves_the_upper_half_alone_and_resumes_to_the_s
         "visual_projection",
     )
     assert moved and all(name.startswith(upper) for name in moved)
+
+
+def test_patches_count_by_their_share_of_a_subject_whose_kind_is_known():
+    rows = [solo(sample_instance(random.Random(seed), kind), seed) for seed, kind in enumerate(("dog", "cat"))]
+    two = replace(rows[0], subjects=rows[0].subjects + rows[1].subjects)
+    share = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.0, 0.25], [1.0, 1.0, 1.0]])  # more in a scene of two kinds
+    logits = torch.zeros(3, 3, len(CATEGORIES))
+    logits[0, 0, CATEGORIES.index("dog")] = 50.0  # one patch is sure and right; all others know nothing
+    blank = math.log(len(CATEGORIES))
+    found = kinds_of_patches(logits, share, [*rows, two])
+    torch.testing.assert_close(found, torch.tensor(blank * 0.75 / 1.75))
+    logits[1, 2] = -50.0
+    logits[1, 2, CATEGORIES.index("cat")] = 50.0
+    torch.testing.assert_close(kinds_of_patches(logits, share, [*rows, two]), torch.tensor(blank * 0.5 / 1.75))

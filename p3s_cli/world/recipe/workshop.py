@@ -46,7 +46,7 @@ LENGTH = {
     "vision_long": Length(1_800, 96, 7e-4),
     "vision_kinds": Length(900, 768, 7e-4),
     "vision_fresh": Length(2_800, 192, 4e-4),
-    "vision_whole": Length(400, 192, 1.5e-4),
+    "vision_whole": Length(1_200, 192, 3e-4),
     "unet": Length(1_500, 512, 1e-3),
     "reward": Length(4_000, 256, 2e-3),
     "unet_reward": Length(400, 384, 2e-4),
