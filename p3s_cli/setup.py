@@ -28,7 +28,10 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "huggingface_hub", "safetens
 
 @dataclass(frozen=True)
 class PartState:
-    """A part of a family: where it comes from, where it lies here (None if missing), bytes of its files."""
+    """A part of a family: where it comes from, where it lies here (None if missing), bytes of its files.
+
+    `why` says why an optional part could not be fetched.
+    """
 
     name: str
     source: str
@@ -36,6 +39,7 @@ class PartState:
     bytes: int
     needed: bool
     state: str  # present, fetched, repaired or missing
+    why: str | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ def fetch(
     Each file is held against what the hub says it is; of metric models, configuration and weights.
 
     Parts that are there are only checked; damaged files are fetched anew. An optional part that cannot
-    be had is reported as missing. Raises InputError for any other, in one sentence, and for models named beside a protocol.
+    be had is reported as missing, with the reason. Raises InputError for any other, in one sentence, and for models named beside a protocol.
     """
     report = on_progress or (lambda what, done, total: None)
     if model in PROTOCOLS and model not in _FAMILIES:
@@ -182,10 +186,10 @@ def fetch(
         report(f"fetching and checking {part.name}", i, len(parts))
         try:
             states.append(_fetch(part, wanted.command))
-        except InputError:
+        except InputError as error:
             if not part.optional:
                 raise
-            states.append(_state(part, "missing"))
+            states.append(replace(_state(part, "missing"), why=str(error)))
     report("done", len(parts), len(parts))
     return states
 

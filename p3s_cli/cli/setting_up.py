@@ -50,7 +50,7 @@ def _show_report(report: Any) -> list[str]:
 
 def _show_part(part: Any) -> str:
     size = f"{part.bytes / 1e6:9.1f} MB" if part.folder else " " * 12
-    note = "" if part.needed else " (optional)"
+    note = "" if part.needed else f" (optional: {part.why})" if part.why else " (optional)"
     return f"  {part.name:<18}{part.state:<9}{size}  {part.source}{note}"
 
 

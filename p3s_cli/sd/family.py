@@ -46,8 +46,7 @@ class Family:
     def __init__(self, source: str, profile: Profile, device: str, dtype: torch.dtype):
         self.source, self.profile, self.device, self.dtype = source, profile, device, dtype
         self.inpainter_chosen = False  # by name, so that its absence is an error
-        self.inpainter_absent: str | None = None  # the command that brings it, once the base has taken its place
-        self.inpainter_unfit: str | None = None  # why not the inpainter that is here, once the base has taken its place
+        self.inpainter_missing: str | None = None  # why the base has taken the inpainter's place, once it has
         self.fetch = f"p3s fetch {source}"  # the command that brings what is missing
 
     @cached_property
@@ -137,10 +136,10 @@ class Family:
         fetch = f"p3s fetch {self.source} --inpainter {sibling}"
         try:
             found = self._sibling(sibling, fetch)
-        except InputError:
+        except InputError as error:
             if self.inpainter_chosen:
                 raise
-            self.inpainter_absent = fetch
+            self.inpainter_missing = f"{error}; then give the command again with --force"
             return self.unet
         reads, written = found.config.cross_attention_dim, self.text_encoder.config.hidden_size
         if reads == written:
@@ -149,7 +148,7 @@ class Family:
         unfit = f"the inpainter {sibling} reads text of width {reads} and {self.source} writes {written}"
         if self.inpainter_chosen:
             raise InputError(f"{unfit}; name one made for this base, or --inpainter {CLASSICAL}")
-        self.inpainter_unfit = unfit
+        self.inpainter_missing = unfit
         return self.unet
 
     def _sibling(self, source: str, fetch: str) -> UNet2DConditionModel:

@@ -110,11 +110,8 @@ def make(
     filler = inpainting_filler(family) if region.any() else None
     positive = _fractions(clicks.positive, pixels)
     inpainted = remove_negative(pixels, region, positive, embed, filler, seed, config.attempts)
-    if filler and family.inpainter_absent:
-        said = f"the base itself filled in for the look-alike, as its inpainting model is not on this machine; bring that with: {family.inpainter_absent}, and give the command again with --force"
-        selection = replace(selection, warnings=(*selection.warnings, said))
-    if filler and family.inpainter_unfit:
-        said = f"the base itself filled in for the look-alike, as {family.inpainter_unfit}"
+    if filler and family.inpainter_missing:
+        said = f"the base itself filled in for the look-alike, as {family.inpainter_missing}"
         selection = replace(selection, warnings=(*selection.warnings, said))
     return Masked(selection, inpainted)
 

@@ -229,10 +229,11 @@ def test_without_its_sibling_a_base_inpaints_with_its_own_four_channels(world, t
     from dataclasses import replace
 
     family = load("world")
-    assert family.inpainter_absent is None
+    assert family.inpainter_missing is None
     family.profile = replace(family.profile, inpainter="not/here")
     assert family.inpaint_unet is family.unet
-    assert family.inpainter_absent == "p3s fetch world --inpainter not/here"
+    assert "not/here/unet is not on this machine" in family.inpainter_missing
+    assert "`p3s fetch world --inpainter not/here`" in family.inpainter_missing
     with pytest.raises(InputError, match="not/here/unet is not on this machine"):
         _ = load("world", inpainter="not/here").inpaint_unet
 
@@ -250,8 +251,8 @@ def test_a_sibling_that_reads_another_text_than_the_base_s_gives_way_to_the_base
     region[16:48, 16:48] = True
     filled = inpainting_filler(family, steps=2)(image, region, seed=1)
     assert (filled[:, region] != image[:, region]).any()
-    assert family.inpaint_unet is family.unet and family.inpainter_absent is None
-    assert family.inpainter_unfit == f"the inpainter {tmp_path} reads text of width 128 and {tiny_folder} writes 32"
+    assert family.inpaint_unet is family.unet
+    assert family.inpainter_missing == f"the inpainter {tmp_path} reads text of width 128 and {tiny_folder} writes 32"
     with pytest.raises(InputError, match="reads text of width 128 .* writes 32; name one made for this base"):
         _ = load(str(tiny_folder), "cpu", inpainter=str(tmp_path)).inpaint_unet
 

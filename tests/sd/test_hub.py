@@ -165,7 +165,9 @@ def test_a_pinned_family_loads_from_the_cache_and_another_revision_does_not(worl
 
 
 def test_fetch_checks_what_is_there_and_names_the_damaged_file(cache):
-    states = {p.name: p.state for p in setup.fetch(f"tiny/world@{COMMIT}")}
+    parts = {p.name: p for p in setup.fetch(f"tiny/world@{COMMIT}")}
+    assert parts["vae"].why is None and "HF_HUB_OFFLINE is set" in parts["inpainter"].why
+    states = {name: part.state for name, part in parts.items()}
     assert states["unet"] == states["clip"] == "present" and states["inpainter"] == "missing"
     blob = (cache / f"models--tiny--world/snapshots/{COMMIT}/vae/diffusion_pytorch_model.safetensors").resolve()
     blob.write_bytes(blob.read_bytes()[:-1] + b"?")
