@@ -33,7 +33,7 @@ MIN_SIDE = 16
 def load_image(path: Path, managed: bool = True) -> Image.Image:
     """Read a photo as its taker sees it: EXIF-upright, RGB, transparency over white, 16 bit scaled to 8.
 
-    RGB, CMYK and grey pictures with a colour profile are brought to sRGB, if `managed`. Raises InputError naming the file if it is absent, no JPEG, PNG or WebP, broken, tiny or huge.
+    Pictures with a colour profile are brought to sRGB, if `managed`. Raises InputError naming the file if it is absent, no JPEG, PNG or WebP, broken, tiny or huge.
     """
     try:
         if not path.exists():
@@ -46,7 +46,8 @@ def load_image(path: Path, managed: bool = True) -> Image.Image:
         if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
             raise InputError(f"{path} is animated; give one frame of it")
         image.load()
-        upright = _rgb(ImageOps.exif_transpose(_managed(image) if managed else image))
+        eight = _eight_bits(image)
+        upright = _rgb(ImageOps.exif_transpose(_managed(eight) if managed else eight))
         upright.info = {}  # nothing but pixels leaves here: no EXIF, GPS, XMP or comment
     if min(upright.size) < MIN_SIDE:
         raise InputError(
@@ -77,30 +78,38 @@ def _opened(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
 
 def _managed(image: Image.Image) -> Image.Image:
     """In sRGB what an embedded profile says of the colours (Display P3, Adobe RGB, a printer's CMYK); as it is without one."""
-    profile, opaque = (
-        image.info.get("icc_profile"),
-        image.mode in ("RGB", "CMYK", "L") and "transparency" not in image.info,
-    )
-    if not profile or not (opaque or image.mode == "RGBA"):
+    profile = image.info.get("icc_profile")
+    if not profile:
         return image
+    grey = image.mode in ("1", "L", "LA")
+    colours = image if image.mode == "CMYK" else image.convert("L" if grey else "RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(source):
             return image
-        colours = image if opaque else image.convert("RGB")
         seen = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):  # a broken profile, or one of another kind of picture
         return image
-    if not opaque:
-        seen.putalpha(image.getchannel("A"))
-    seen.info = image.info  # which way up it is
+    if _see_through(image):
+        seen.putalpha(image.convert("RGBA").getchannel("A"))
+    seen.info = {k: v for k, v in image.info.items() if k != "transparency"}  # which way up it is
     return seen
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith("I"):
+        return image
+    eight = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    eight.info = {k: v for k, v in image.info.items() if k != "transparency"}  # one of 65,536 greys: never a photo's
+    return eight
+
+
+def _see_through(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+
+
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if _see_through(image):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")

@@ -169,7 +169,7 @@ def test_an_autoencoder_kept_off_the_device_is_given_pixels_where_its_hook_bring
     assert encode(vae, torch.zeros(1, 3, 16, 16)).device.type == "meta"
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_colours_are_those_that_an_embedded_profile_says(tmp_path, mode):
     """sRGB with red and blue exchanged, under another name: what its taker sees as red is written as blue."""
     exchanged = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -178,7 +178,8 @@ def test_colours_are_those_that_an_embedded_profile_says(tmp_path, mode):
     table, rest = exchanged[: 132 + 12 * count], exchanged[132 + 12 * count :]
     for a, b in ((b"rXYZ", b"?"), (b"bXYZ", b"rXYZ"), (b"?", b"bXYZ")):
         table = table.replace(a, b)
-    picture = Image.new("RGB", (20, 30), (40, 60, 200)).convert(mode)
+    picture = Image.new("RGB", (20, 30), (40, 60, 200))
+    picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(tmp_path / "a.png", icc_profile=table + rest, exif=exif)
@@ -191,3 +192,40 @@ def test_colours_are_those_that_an_embedded_profile_says(tmp_path, mode):
     ):
         picture.save(tmp_path / f"{name}.png", icc_profile=profile)
         assert load_image(tmp_path / f"{name}.png").getpixel((5, 5)) == (40, 60, 200)
+
+
+def linear_grey() -> bytes:
+    """An ICC profile of grey light itself: 128 is half of white's light."""
+
+    def text(kind: bytes, words: bytes) -> bytes:
+        return kind + bytes(4) + words
+
+    white = b"".join(round(65536 * v).to_bytes(4, "big") for v in (0.9642, 1.0, 0.8249))
+    tags = {
+        b"desc": text(b"desc", (5).to_bytes(4, "big") + b"grey\0" + bytes(78)),
+        b"cprt": text(b"text", b"none\0\0\0\0"),
+        b"wtpt": text(b"XYZ ", white),
+        b"kTRC": text(b"curv", bytes(4)),  # no points: the identity
+    }
+    at, table, body = 128 + 4 + 12 * len(tags), len(tags).to_bytes(4, "big"), b""
+    for name, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += name + (at + len(body)).to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        body += content
+    head = bytes(4) + bytes(4) + b"\x02\x40\0\0" + b"mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28) + white + bytes(48)
+    return (at + len(body)).to_bytes(4, "big") + head[4:] + table + body
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_greys_are_those_that_an_embedded_profile_says(tmp_path, mode):
+    pixels = np.full((20, 20), 257 * 55, dtype=np.uint16)
+    grey = Image.fromarray(pixels if mode == "I;16" else (pixels // 257).astype(np.uint8))
+    grey = grey.convert("LA") if mode == "LA" else grey
+    if mode == "LA":
+        grey.putpixel((0, 0), (55, 0))
+    grey.save(tmp_path / "a.png", icc_profile=linear_grey())
+    seen, wanted = load_image(tmp_path / "a.png"), 255 * (1.055 * (55 / 255) ** (1 / 2.4) - 0.055)  # sRGB's own curve
+    assert np.abs(np.array(seen.getpixel((5, 5))) - wanted).max() <= 1
+    assert seen.getpixel((0, 0))[0] == (255 if mode == "LA" else seen.getpixel((5, 5))[0])
+    grey.save(tmp_path / "b.png")
+    assert load_image(tmp_path / "b.png").getpixel((5, 5)) == (55, 55, 55)
