@@ -79,7 +79,10 @@ def stage_vision_kinds(shop: Workshop) -> None:
 
     Scenes are shifted and mirrored, for it is kinds it has not seen in this place and size that it mistook.
     """
-    clip = _upper_half(shop)
+    clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device).requires_grad_(False)
+    layers = clip.vision_model.encoder.layers
+    for part in (*layers[len(layers) // 2 :], clip.vision_model.post_layernorm, clip.visual_projection):
+        part.requires_grad_(True)
 
     def look(pool: Pool, index: Tensor, step: int, generator: torch.Generator) -> Seen:
         pixels = _moved(pool.pixels(index), generator)
@@ -89,27 +92,29 @@ def stage_vision_kinds(shop: Workshop) -> None:
 
 
 def stage_vision_fresh(shop: Workshop) -> None:
-    """The same parts go on, on scenes that are drawn for one step and not kept: what is wanted is scenes, not steps.
+    """The whole vision tower goes on, on scenes that are drawn for one step and not kept: scenes are wanted, not steps.
 
-    Five in six steps show the patches that a subject reaches and as many of the others as make 3 in 8.
+    Shown are the patches that a subject reaches and as many of the others as make 3 in 8.
     """
-    _on_fresh_scenes(shop, "vision_fresh", _FRESH, whole=1 / 6)
+    _on_fresh_scenes(shop, "vision_fresh", _FRESH, all_patches=False)
 
 
 def stage_vision_whole(shop: Workshop) -> None:
-    """Further scenes, all patches of them: among few others a spout weighs more than it will among all."""
-    _on_fresh_scenes(shop, "vision_whole", 2 * _FRESH, whole=1.0)
+    """It goes on, on further scenes, all patches of them: among few others a spout weighs more than it will among all."""
+    _on_fresh_scenes(shop, "vision_whole", 2 * _FRESH, all_patches=True)
 
 
-def _on_fresh_scenes(shop: Workshop, stage: str, first: int, whole: float) -> None:
+def _on_fresh_scenes(shop: Workshop, stage: str, first: int, all_patches: bool) -> None:
     """Scenes from the seed `first` on, of which a third is left out, of kinds that the tower does not mistake.
 
-    Each seed of a run has scenes of its own, so that a second round sees others. `whole` is the share of steps
-    that show all patches. Beside the class token each patch of a subject has to tell its kind, to a head that is
-    thrown away (token labelling, arXiv:2104.10858): one scene then teaches in as many places as its subject reaches.
+    Each seed of a run has scenes of its own, so that a second round sees others. Beside the class token each patch
+    of a subject has to tell its kind, to a head that is thrown away (token labelling, arXiv:2104.10858): one scene
+    then teaches in as many places as its subject reaches.
     """
+    clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device).requires_grad_(False)
+    for part in (clip.vision_model, clip.visual_projection):
+        part.requires_grad_(True)
     first += 2 * _FRESH * (shop.seed % 4)
-    clip = _upper_half(shop)
     width = clip.config.vision_config.hidden_size
     torch.manual_seed(shop.seed)
     kinds = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(CATEGORIES))).to(shop.device)
@@ -128,7 +133,7 @@ def _on_fresh_scenes(shop: Workshop, stage: str, first: int, whole: float) -> No
     def look(pool: Pool, index: Tensor, step: int, generator: torch.Generator) -> Seen:
         hidden = clip.vision_model.embeddings(pool.pixels(index))
         share = pool.subjects[index].flatten(1) / 255.0
-        if torch.rand(1, generator=generator).item() >= whole:
+        if not all_patches:
             reached = (share > 0) + torch.rand(len(index), patches, generator=generator)
             kept = reached.topk(3 * patches // 8).indices
             share = share.gather(1, kept)
@@ -156,15 +161,6 @@ def kinds_of_patches(logits: Tensor, share: Tensor, scenes: list[Scene]) -> Tens
     each = F.cross_entropy(logits.float().mT, truth[:, None].expand_as(share), reduction="none")
     weight = share * alone[:, None]
     return (each * weight).sum() / weight.sum().clamp(min=1.0)
-
-
-def _upper_half(shop: Workshop) -> CLIPModel:
-    """The pair, of which the upper half of the vision tower and its projection are free."""
-    clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device).requires_grad_(False)
-    layers = clip.vision_model.encoder.layers
-    for part in (*layers[len(layers) // 2 :], clip.vision_model.post_layernorm, clip.visual_projection):
-        part.requires_grad_(True)
-    return clip
 
 
 def pooled(tower: nn.Module, embedded: Tensor) -> Tensor:
