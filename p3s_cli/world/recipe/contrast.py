@@ -31,7 +31,7 @@ Look = Callable[[Pool, Tensor, int, torch.Generator], Seen]
 _FRESH = 1_000_000  # the first seed of scenes that are shown once; a pool's are below
 _MOSTLY_KINDS: tuple[Wording, ...] = ("kind", "kind", "kind", "full", "place")
 _PATCHES_COUNT = 0.5  # of the patches' term against the contrast
-_MISTAKEN = ("dog", "cat", "vase", "teapot")  # for one another, nine in ten of the tower's errors
+_MISTAKEN = ("dog", "cat", "vase", "teapot")  # seven in eight of the scenes whose kind it had wrong
 _MOSTLY_ALONE = (1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3)  # subjects of such a scene
 
 
