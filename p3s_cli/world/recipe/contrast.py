@@ -107,7 +107,7 @@ def stage_vision_whole(shop: Workshop) -> None:
 def _on_fresh_scenes(shop: Workshop, stage: str, first: int, all_patches: bool) -> None:
     """Scenes from the seed `first` on, of which a third is left out, of kinds that the tower does not mistake.
 
-    Each seed of a run has scenes of its own, so that a second round sees others. Beside the class token each patch
+    Four seeds of a run in a row have scenes of their own, so that a second round sees others. Beside the class token each patch
     of a subject has to tell its kind, to a head that is thrown away (token labelling, arXiv:2104.10858): one scene
     then teaches in as many places as its subject reaches.
     """
