@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from p3s_cli.errors import P3SError
-from p3s_cli.methods.captured import Graphed
 from p3s_cli.paper.injection import Injection
 from p3s_cli.paper.model import P3SControl, controlled_noise
+from p3s_cli.sd.captured import Graphed
 
 
 @dataclass(frozen=True)

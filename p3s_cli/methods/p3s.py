@@ -15,7 +15,6 @@ from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, Memory
 from p3s_cli.errors import InputError
 from p3s_cli.methods.base import Generator, Heed, Learnt, Lesson, SubjectPart, asked, register
 from p3s_cli.methods.binding import Bound, captures
-from p3s_cli.methods.captured import CapturedLoss
 from p3s_cli.methods.conditioning import ReferenceBank
 from p3s_cli.methods.denoising import add_noise, alphas_cumprod, astray
 from p3s_cli.methods.forward import Forward, forward
@@ -25,6 +24,7 @@ from p3s_cli.paper.losses import denoising_loss, total_loss
 from p3s_cli.paper.model import P3SControl, connected
 from p3s_cli.paper.schedule import injection_weight
 from p3s_cli.sd import text
+from p3s_cli.sd.captured import CapturedLoss
 from p3s_cli.sd.family import Family, Profile
 from p3s_cli.sd.graphs import possible
 from p3s_cli.sd.train import Loss, Recipe, sent
@@ -177,9 +177,9 @@ class _Loss:
         self.where = text.positions(family.tokenizer, prompts, [identifier], 0).to(family.device)
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.judge(self.draw(generator))
+        return self.judge(self.draw(step, generator))
 
-    def draw(self, generator: torch.Generator) -> _Drawn:
+    def draw(self, step: int, generator: torch.Generator) -> _Drawn:
         """All that is random in a step."""
         config, n = self.config, self.batch
         x0, inside, seen = self.bank.draw(n, config, generator)

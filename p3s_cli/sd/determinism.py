@@ -18,16 +18,18 @@ def exact(wanted: bool) -> Iterator[None]:
     """If wanted, only kernels that repeat bit for bit, also on CUDA. As found on exit.
 
     cuDNN then neither chooses by timing nor sums in any order; TF32 stays as it is, as it rounds the same way every
-    time. Raises P3SError where torch has no such kernel, or cuBLAS was used before without its workspace being fixed.
+    time. Memory that is about to be written is not filled before: that would only find faults of ours. Raises P3SError where torch has no such kernel, or cuBLAS was used before without its workspace being fixed.
     """
     if not wanted:
         yield
         return
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(_CUBLAS)
     os.environ[_CUBLAS] = ":4096:8"  # cuBLAS reads it when it is first used
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     except RuntimeError as error:
@@ -38,6 +40,7 @@ def exact(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warns)
         torch.backends.cudnn.benchmark = benchmark
+        torch.utils.deterministic.fill_uninitialized_memory = filled
         if workspace is None:
             del os.environ[_CUBLAS]
         else:

@@ -22,7 +22,7 @@ from p3s_cli.errors import InputError
 
 SCHEMA = 1  # of the metadata; a file without it is of version 1
 HEADER_LIMIT = 1_000_000  # bytes: a million empty tensors take 17 s and 2 GB otherwise
-_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I64": 8, "F16": 2, "BF16": 2, "F32": 4}  # what p3s writes, in bytes
+_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I64": 8, "F16": 2, "BF16": 2, "F32": 4}  # what p3s writes, in bytes
 
 # What a file must hold: by name, safetensors' word for the dtype and the shape; None is any size.
 Layout = Mapping[str, tuple[str, tuple[int | None, ...]]]

@@ -14,10 +14,10 @@ from torch import nn
 from p3s_cli import config as settings
 from p3s_cli import stages
 from p3s_cli.config import PACES, ControlConfig, FinetuneConfig
-from p3s_cli.methods import nested, p3s
+from p3s_cli.methods import p3s
 from p3s_cli.methods.base import Lesson
-from p3s_cli.methods.captured import CapturedLoss, Graphed
-from p3s_cli.sd import graphs, images
+from p3s_cli.sd import graphs, images, nested
+from p3s_cli.sd.captured import CapturedLoss, Graphed
 from p3s_cli.sd.family import load
 from p3s_cli.subject import Subject
 
@@ -168,8 +168,8 @@ def test_a_step_that_is_not_finite_either_way_is_no_fault_of_the_recording(lesso
     """It is skipped, as without a recording, and the recording stays."""
     whole, steps = p3s._Loss.draw, itertools.count()
 
-    def draw(self, generator):
-        drawn = whole(self, generator)
+    def draw(self, step, generator):
+        drawn = whole(self, step, generator)
         return drawn if next(steps) != 2 else dataclasses.replace(drawn, noise=drawn.noise * float("nan"))
 
     monkeypatch.setattr(p3s._Loss, "draw", draw)

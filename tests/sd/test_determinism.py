@@ -16,6 +16,7 @@ def switches():
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.backends.cudnn.benchmark,
+        torch.utils.deterministic.fill_uninitialized_memory,
         os.environ.get(CUBLAS),
     )
 
@@ -32,11 +33,12 @@ def before(request, monkeypatch):
     yield switches()
     torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
     torch.backends.cudnn.benchmark = kept[2]
+    torch.utils.deterministic.fill_uninitialized_memory = kept[3]
 
 
 def test_all_switches_are_set_inside_and_as_found_afterwards(before):
     with exact(True):
-        assert switches() == (True, False, False, ":4096:8")
+        assert switches() == (True, False, False, False, ":4096:8")
     assert switches() == before
     with pytest.raises(ValueError), exact(True):
         raise ValueError

@@ -31,7 +31,9 @@ def test_a_batch_of_alike_scenes_shares_noise_and_time(tmp_path: Path):
     shop = Workshop(tmp_path, "cpu", seed=0, scenes=32)
     latents = torch.arange(32.0).view(32, 1, 1, 1).expand(32, 4, 16, 16).contiguous()
     stage_reopen(shop)
-    save_tensors(tmp_path / "four.safetensors", {"latents": latents, "subjects": torch.zeros(32, 1, 16, 16)})
+    said = [[caption(s, i, full) for i, s in enumerate(shop.patterns.scenes)] for full in (False, True)]
+    kept = {"latents": latents, "subjects": torch.zeros(32, 1, 16, 16)}
+    save_tensors(tmp_path / "four.safetensors", kept | {"ids": torch.stack([shop.tokens(s) for s in said], 1)})
     batch = Shelf(shop, shop.patterns, "four").draw_alike(8, torch.Generator().manual_seed(5))
     faded = []
     for four in (slice(0, 4), slice(4, 8)):

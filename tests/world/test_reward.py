@@ -73,13 +73,15 @@ def test_walks_follow_their_own_predictions(shop: Workshop):
     silence = shop.tokens(4 * [""])
     t, after = walks.t[0], teacher.alphas[walks.t[1]]
     with torch.no_grad():
-        words, free = (teacher.predict(walks.states[:, 0], t.expand(4), ids) for ids in (walks.ids, silence))
+        words, free = (
+            teacher.predict(teacher.unet, walks.states[:, 0], t.expand(4), ids) for ids in (walks.ids, silence)
+        )
     eps = free + walks.guidance * (words - free)
     x0 = clean(teacher, walks.states[:, 0], eps, t.expand(4))
     expected = after.sqrt() * x0 + (1 - after).sqrt() * eps
     assert torch.allclose(walks.states[:, 1], expected, atol=1e-3 * expected.abs().max())
-    states, when, said, truth = walks.draw(16, torch.Generator().manual_seed(1))
-    for state, level, ids, labels in zip(states, when, said, truth, strict=True):
+    own = walks.draw(16, torch.Generator().manual_seed(1))
+    for state, level, ids, labels in zip(own.states, own.t, own.ids, own.truth, strict=True):
         who = int((walks.ids == ids).all(1).nonzero()[0])
         assert torch.equal(state, walks.states[who, walks.t.tolist().index(level)])
         assert torch.equal(labels, walks.truth[who])

@@ -11,6 +11,7 @@ on the training device. Training scenes have seeds below 10,000,000; held-out on
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,13 +24,10 @@ from p3s_cli.world.recipe.contrast import (
     stage_tokenizer,
     stage_vision,
     stage_vision_fresh,
-    stage_vision_kinds,
-    stage_vision_long,
-    stage_vision_whole,
 )
 from p3s_cli.world.recipe.denoiser import stage_unet
 from p3s_cli.world.recipe.export import stage_export, stage_reopen
-from p3s_cli.world.recipe.readers import stage_identity, stage_labels, stage_labels_long
+from p3s_cli.world.recipe.readers import stage_identity, stage_labels
 from p3s_cli.world.recipe.reward import stage_reward, stage_unet_reward
 from p3s_cli.world.recipe.words import stage_words
 from p3s_cli.world.recipe.workshop import SCENES, Workshop
@@ -40,15 +38,11 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "clip": stage_clip,
     "words": stage_words,
     "vision": stage_vision,
-    "vision_long": stage_vision_long,
-    "vision_kinds": stage_vision_kinds,
     "vision_fresh": stage_vision_fresh,
-    "vision_whole": stage_vision_whole,
     "unet": stage_unet,
     "reward": stage_reward,
     "unet_reward": stage_unet_reward,
     "labels": stage_labels,
-    "labels_long": stage_labels_long,
     "identity": stage_identity,
     "export": stage_export,
 }
@@ -71,7 +65,9 @@ def main() -> None:
     shop = Workshop(args.work, args.device, args.seed, args.scenes, args.steps, args.batch, args.until, args.compile)
     with exact(args.device != "cpu"):
         for stage in STAGES if args.stage == ["all"] else args.stage:
+            started = time.monotonic()
             (stage_reopen if stage == "reopen" else STAGES[stage])(shop)
+            shop.log(stage, {"seconds": round(time.monotonic() - started, 1)})
 
 
 if __name__ == "__main__":

@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
+from p3s_cli.sd.train import step_generator
 from p3s_cli.world import models
-from p3s_cli.world.recipe.workshop import Pool, Workshop
+from p3s_cli.world.recipe.workshop import AT_ONCE, Pool, Workshop, as_pixels, at_a_time, captions
 from p3s_cli.world.scenes import BACKGROUNDS, SIZE, Scene, Wording, caption, sample_scene
 from p3s_cli.world.shapes import CATEGORIES
 
-Draw = Callable[[int, torch.Generator, bool], tuple[Pool, Tensor]]
-
-
-class Seen(NamedTuple):
-    """What a tower makes of scenes: their vectors (B, D), and a further term of the loss, if there is one."""
-
-    vectors: Tensor
-    aside: Tensor | None = None
-
-
-Look = Callable[[Pool, Tensor, int, torch.Generator], Seen]
-
 _FRESH = 1_000_000  # the first seed of scenes that are shown once; a pool's are below
 _MOSTLY_KINDS: tuple[Wording, ...] = ("kind", "kind", "kind", "full", "place")
+_ALIKE = 0.5  # of the batches that do not ask for the place, those that share one
 _PATCHES_COUNT = 0.5  # of the patches' term against the contrast
 _MISTAKEN = ("dog", "cat", "vase", "teapot")  # seven in eight of the scenes whose kind it had wrong
-_MOSTLY_ALONE = (1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3)  # subjects of such a scene
+_MOSTLY_ALONE = (1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3)  # subjects of a fresh scene
 
 
 def stage_tokenizer(shop: Workshop) -> None:
-    captions = [caption(sample_scene(seed), seed) for seed in range(20_000)]
-    tokenizer = models.build_tokenizer(captions, shop.family / "tokenizer")
+    texts = [caption(sample_scene(seed), seed) for seed in range(20_000)]
+    tokenizer = models.build_tokenizer(texts, shop.family / "tokenizer")
     shop.log("tokenizer", {"tokens": len(tokenizer)})
 
 
@@ -46,121 +35,193 @@ def stage_clip(shop: Workshop) -> None:
     torch.manual_seed(shop.seed)
     tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     clip = models.build_clip(tokenizer).to(shop.device)
-    shown = _Glimpse(shop, "clip", clip, share=lambda progress: 0.25 if progress < 0.94 else 1.0)
-    _contrast(shop, "clip", clip, shown, alike=0.0)
+    steps, n = shop.length("clip").steps, shop.length("clip").batch
+    patches = (SIZE // clip.config.vision_config.patch_size) ** 2
+
+    def draw(step: int, generator: torch.Generator) -> tuple[Pairs, Tensor]:
+        index = shop.pool.draw(n, generator)
+        kept = torch.randperm(patches, generator=generator)[: patches // 4 if step < 0.94 * steps else patches] + 1
+        ids = shop.tokens(shop.pool.captions(index, generator)).to(shop.device).long()
+        pairs = Pairs(shop.pool.bytes(index), ids, equal_rows(ids))
+        return pairs, F.pad(kept, (1, 0)).to(shop.device)  # the class token comes first, and stays
+
+    def compute(drawn: tuple[Pairs, Tensor], clip: CLIPModel) -> tuple[Tensor, dict[str, Tensor]]:
+        pairs, kept = drawn
+        tower = clip.vision_model
+        with shop.autocast():
+            image = clip.visual_projection(pooled(tower, tower.embeddings(as_pixels(pairs.images))[:, kept]))
+            text = clip.text_projection(clip.text_model(pairs.text).pooler_output)
+        return contrast(image, text, clip.logit_scale, pairs.equal)
+
+    shop.fit("clip", clip, draw, compute, weight_decay=0.05, ema=0.0)
+    clip.save_pretrained(shop.family / "clip")
 
 
 def stage_vision(shop: Workshop) -> None:
     """The vision tower alone goes on, towards the locked text tower (LiT, arXiv:2111.07991), which the U-Net reads.
 
-    Half of the batches share one background, so that categories and looks have to be told apart, and at
-    the end all patches are shown: from a quarter of them no outline can be learnt.
+    All patches are shown: from a quarter of them no outline can be learnt. Scenes are shifted and mirrored.
     """
-    clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device)
-    clip.text_model.requires_grad_(False)
-    shown = _Glimpse(shop, "vision", clip, share=lambda progress: 0.5 if progress < 0.75 else 1.0)
-    _contrast(shop, "vision", clip, shown, alike=0.5)
 
+    def draw(step: int, generator: torch.Generator, plan: Plan) -> tuple[Tensor, Tensor, list[Scene]]:
+        pool, n = shop.pool, shop.length("vision").batch
+        tries = pool.draw_at(plan.place, n + n // 2, generator) if plan.place else pool.draw(n + n // 2, generator)
+        index = torch.tensor(sorted(tries.tolist(), key=lambda i: _is_easy(pool.scenes[i]))[:n])
+        shares = pool.subjects[index].to(shop.device).float() / 255
+        moved = _moved(torch.cat((pool.bytes(index).float(), F.interpolate(shares, scale_factor=8)), 1), generator)
+        images, shares = moved[:, :3].to(torch.uint8), F.avg_pool2d(moved[:, 3:], 8)
+        return images, shares, [pool.scenes[i] for i in index.tolist()]
 
-def stage_vision_long(shop: Workshop) -> None:
-    """A second round of the vision tower, most of it on captions that name the kind alone, or the place alone.
-
-    Told by whole captions only, the tower leans on colours and grounds, which are easier than outlines.
-    """
-    clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device)
-    clip.text_model.requires_grad_(False)
-    shown = _Glimpse(shop, "vision_long", clip, share=lambda progress: 0.5 if progress < 0.8 else 1.0)
-    wordings: tuple[Wording, ...] = ("kind", "kind", "full", "full", "place")
-    _contrast(shop, "vision_long", clip, shown, alike=0.5, wordings=wordings)
-
-
-def stage_vision_kinds(shop: Workshop) -> None:
-    """The vision tower's upper half and projection go on alone: what outlines mean is left to learn, not to see.
-
-    Scenes are shifted and mirrored, for it is kinds it has not seen in this place and size that it mistook.
-    """
-    clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device).requires_grad_(False)
-    layers = clip.vision_model.encoder.layers
-    for part in (*layers[len(layers) // 2 :], clip.vision_model.post_layernorm, clip.visual_projection):
-        part.requires_grad_(True)
-
-    def look(pool: Pool, index: Tensor, step: int, generator: torch.Generator) -> Seen:
-        pixels = _moved(pool.pixels(index), generator)
-        return Seen(clip.visual_projection(clip.vision_model(pixels).pooler_output))
-
-    _contrast(shop, "vision_kinds", clip, look, alike=0.5, wordings=_MOSTLY_KINDS)
+    _towards_text(shop, "vision", draw)
 
 
 def stage_vision_fresh(shop: Workshop) -> None:
-    """The whole vision tower goes on, on scenes that are drawn for one step and not kept: scenes are wanted, not steps.
+    """It goes on, on scenes that are drawn for one step and not kept: scenes are wanted, not steps.
 
-    Shown are the patches that a subject reaches and as many of the others as make 3 in 8.
+    Four seeds of a run in a row have scenes of their own, so that a second round sees others.
     """
-    _on_fresh_scenes(shop, "vision_fresh", _FRESH, all_patches=False)
+    n, first = shop.length("vision_fresh").batch, _FRESH * (1 + shop.seed % 4)
+    tries, together = n + n // 2, max(1, at_a_time(shop.device, AT_ONCE) // n)
+    painted: dict[int, Pool] = {}
 
-
-def stage_vision_whole(shop: Workshop) -> None:
-    """It goes on, on further scenes, all patches of them: among few others a spout weighs more than it will among all."""
-    _on_fresh_scenes(shop, "vision_whole", 2 * _FRESH, all_patches=True)
-
-
-def _on_fresh_scenes(shop: Workshop, stage: str, first: int, all_patches: bool) -> None:
-    """Scenes from the seed `first` on, of which a third is left out, of kinds that the tower does not mistake.
-
-    Four seeds of a run in a row have scenes of their own, so that a second round sees others. Beside the class token each patch
-    of a subject has to tell its kind, to a head that is thrown away (token labelling, arXiv:2104.10858): one scene
-    then teaches in as many places as its subject reaches.
-    """
-    clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device).requires_grad_(False)
-    for part in (clip.vision_model, clip.visual_projection):
-        part.requires_grad_(True)
-    first += 2 * _FRESH * (shop.seed % 4)
-    width = clip.config.vision_config.hidden_size
-    torch.manual_seed(shop.seed)
-    kinds = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(CATEGORIES))).to(shop.device)
-    patches = (SIZE // clip.config.vision_config.patch_size) ** 2
-
-    def draw(step: int, generator: torch.Generator, one_place: bool) -> tuple[Pool, Tensor]:
-        n = shop.length(stage).batch
-        tries = n + n // 2
+    def scenes(step: int) -> list[Scene]:
         found = [sample_scene(first + tries * step + i, _MOSTLY_ALONE) for i in range(tries)]
-        scenes = sorted(found, key=_is_easy)[:n]
-        if one_place:
-            place = list(BACKGROUNDS)[int(torch.randint(len(BACKGROUNDS), (1,), generator=generator))]
-            scenes = [replace(scene, background=place) for scene in scenes]
-        return Pool(scenes, shop.device), torch.arange(n)
+        place = _planned(shop, step).place
+        kept = sorted(found, key=_is_easy)[:n]
+        return [replace(scene, background=place) for scene in kept] if place else kept
 
-    def look(pool: Pool, index: Tensor, step: int, generator: torch.Generator) -> Seen:
-        hidden = clip.vision_model.embeddings(pool.pixels(index))
-        share = pool.subjects[index].flatten(1) / 255.0
-        if not all_patches:
-            reached = (share > 0) + torch.rand(len(index), patches, generator=generator)
-            kept = reached.topk(3 * patches // 8).indices
-            share = share.gather(1, kept)
-            kept = F.pad(kept + 1, (1, 0))  # the class token comes first, and stays
-            hidden = hidden.gather(1, kept.to(shop.device)[..., None].expand(-1, -1, hidden.shape[-1]))
-        hidden = _before_last(clip.vision_model, hidden)
-        aside = kinds_of_patches(kinds(hidden[:, 1:]), share.to(shop.device), [pool.scenes[i] for i in index])
-        return Seen(clip.visual_projection(_class_token(clip.vision_model, hidden)), _PATCHES_COUNT * aside)
+    def draw(step: int, generator: torch.Generator, plan: Plan) -> tuple[Tensor, Tensor, list[Scene]]:
+        row = step // together
+        if row not in painted:
+            painted.clear()
+            steps = range(together * row, together * (row + 1))
+            painted[row] = Pool([scene for s in steps for scene in scenes(s)], shop.device)
+        pool, index = painted[row], torch.arange(n) + n * (step % together)
+        shares = pool.subjects[index].to(shop.device).float() / 255
+        return pool.bytes(index), shares, [pool.scenes[i] for i in index.tolist()]
 
-    _contrast(shop, stage, clip, look, alike=0.5, wordings=_MOSTLY_KINDS, draw=draw, head=kinds)
+    _towards_text(shop, "vision_fresh", draw)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What captions of a step say, and the place all its scenes share, if they do."""
+
+    wording: Wording
+    place: str | None
+
+
+def _planned(shop: Workshop, step: int) -> Plan:
+    """Known before the step comes, since scenes are painted for several."""
+    generator = step_generator(shop.seed, step)
+    wording, place = (int(torch.randint(len(x), (1,), generator=generator)) for x in (_MOSTLY_KINDS, BACKGROUNDS))
+    shared = _MOSTLY_KINDS[wording] != "place" and torch.rand(1, generator=generator).item() < _ALIKE
+    return Plan(_MOSTLY_KINDS[wording], list(BACKGROUNDS)[place] if shared else None)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images (B, 3, H, W) in bytes; of their captions the token ids (B, 77), or what the text tower made of them (B, D);
+    and which captions are equal (B, B)."""
+
+    images: Tensor
+    text: Tensor
+    equal: Tensor
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Of each image the kind (B,) and how much of each patch is of it (B, P): none where there are several kinds."""
+
+    which: Tensor
+    share: Tensor
+
+
+class Pupil(nn.Module):
+    """A CLIP pair of which all but the text tower is trained, and a head that tells a patch's kind, which is thrown away."""
+
+    def __init__(self, clip: CLIPModel):
+        super().__init__()
+        width = clip.config.vision_config.hidden_size
+        self.clip = clip
+        clip.text_model.requires_grad_(False)
+        self.kinds = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(CATEGORIES)))
+
+
+DrawScenes = Callable[[int, torch.Generator, Plan], tuple[Tensor, Tensor, list[Scene]]]
+
+
+def _towards_text(shop: Workshop, stage: str, draw_scenes: DrawScenes) -> None:
+    """Train the vision tower by contrast with what the locked text tower says.
+
+    Beside the class token each patch of a subject has to tell its kind (token labelling, arXiv:2104.10858): one scene then
+    teaches in as many places as its subject reaches. `draw_scenes` gives images in bytes, the share of each patch that is
+    subject (B, 1, h, w), and the scenes.
+    """
+    torch.manual_seed(shop.seed)
+    pupil = Pupil(CLIPModel.from_pretrained(shop.family / "clip")).to(shop.device)
+    text_model = pupil.clip.text_model
+
+    def draw(step: int, generator: torch.Generator) -> tuple[Pairs, Kinds]:
+        plan = _planned(shop, step)
+        images, shares, scenes = draw_scenes(step, generator, plan)
+        said = captions(scenes, generator, plan.wording)
+        once = {text: i for i, text in enumerate(dict.fromkeys(said))}
+        with torch.no_grad():
+            text = text_model(shop.tokens(list(once)).to(shop.device).long()).pooler_output
+        whose = torch.tensor([once[text] for text in said]).to(shop.device)
+        return Pairs(images, text[whose], whose[:, None] == whose), kinds_of(scenes, shares.flatten(1))
+
+    def compute(drawn: tuple[Pairs, Kinds], pupil: Pupil) -> tuple[Tensor, dict[str, Tensor]]:
+        (pairs, kinds), clip = drawn, pupil.clip
+        with shop.autocast():
+            hidden = _before_last(clip.vision_model, clip.vision_model.embeddings(as_pixels(pairs.images)))
+            image = clip.visual_projection(_class_token(clip.vision_model, hidden))
+            text, told = clip.text_projection(pairs.text), pupil.kinds(hidden[:, 1:])
+        value, numbers = contrast(image, text, clip.logit_scale, pairs.equal)
+        aside = _PATCHES_COUNT * of_patches(told, kinds)
+        return value + aside, numbers | {"aside": aside.detach()}
+
+    shop.fit(stage, pupil, draw, compute, weight_decay=0.05, ema=0.0)
+    pupil.clip.save_pretrained(shop.family / "clip")
+
+
+def contrast(image: Tensor, text: Tensor, scale: Tensor, equal: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Symmetric contrast of vectors (B, D), in which equal captions (B, B) are each other's positives (arXiv:2204.03610)."""
+    image, text = (F.normalize(x.float(), dim=-1) for x in (image, text))
+    logits, equal = scale.clamp(max=4.6).exp() * image @ text.T, equal.float()
+    target = equal / equal.sum(1, keepdim=True)
+    value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return value, {"found": equal.gather(1, logits.detach().argmax(1, keepdim=True)).mean()}
+
+
+def equal_rows(ids: Tensor) -> Tensor:
+    """(B, B), true where two rows of (B, L) are the same."""
+    return (ids[:, None] == ids[None]).all(-1)
 
 
 def _is_easy(scene: Scene) -> bool:
+    """Whether the tower does not mistake its kinds: of what is drawn a third is left out, of these."""
     return all(subject.instance.category not in _MISTAKEN for subject in scene.subjects)
 
 
-def kinds_of_patches(logits: Tensor, share: Tensor, scenes: list[Scene]) -> Tensor:
-    """Cross-entropy of the kinds (B, P, 8) of patches, each counted by its share (B, P) of subject.
+def kinds_of(scenes: list[Scene], shares: Tensor) -> Kinds:
+    """What patches have to tell, where of each the share (B, P) is subject.
 
-    Scenes of several kinds are left out: which of them a patch shows is not kept.
+    Scenes of several kinds have no share: which of them a patch shows is not kept.
     """
     kinds = [{subject.instance.category for subject in scene.subjects} for scene in scenes]
-    alone = torch.tensor([len(k) == 1 for k in kinds], device=share.device)
-    truth = torch.tensor([CATEGORIES.index(min(k)) for k in kinds], device=share.device)
-    each = F.cross_entropy(logits.float().mT, truth[:, None].expand_as(share), reduction="none")
-    weight = share * alone[:, None]
-    return (each * weight).sum() / weight.sum().clamp(min=1.0)
+    alone = torch.tensor([len(k) == 1 for k in kinds], device=shares.device)
+    which = torch.tensor([CATEGORIES.index(min(k)) for k in kinds], device=shares.device)
+    return Kinds(which, shares * alone[:, None])
+
+
+def of_patches(logits: Tensor, kinds: Kinds) -> Tensor:
+    """Cross-entropy of the kinds (B, P, 8) of patches, each counted by its share of subject."""
+    which = kinds.which[:, None].expand_as(kinds.share).flatten()
+    # flat, for there is no kernel that repeats its bits for more dimensions
+    each = F.cross_entropy(logits.float().flatten(0, 1), which, reduction="none")
+    return (each * kinds.share.flatten()).sum() / kinds.share.sum().clamp(min=1.0)
 
 
 def pooled(tower: nn.Module, embedded: Tensor) -> Tensor:
@@ -195,68 +256,8 @@ def _class_token(tower: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 3, H, W), all shifted by up to a patch either way, every other time mirrored."""
+    """(B, C, H, W), all shifted by up to a patch either way, every other time mirrored."""
     dx, dy, mirrored = (int(torch.randint(n, (1,), generator=generator)) for n in (17, 17, 2))
     size = pixels.shape[-1]
     moved = F.pad(pixels, (8, 8, 8, 8), mode="replicate")[..., dy : dy + size, dx : dx + size]
     return moved.flip(-1) if mirrored else moved
-
-
-class _Glimpse:
-    """Projected vectors (B, D) of scenes of which a share of the patches is shown, by progress."""
-
-    def __init__(self, shop: Workshop, stage: str, clip: CLIPModel, share: Callable[[float], float]):
-        self._shop, self._clip, self._share = shop, clip, share
-        self._steps = shop.length(stage).steps
-        self._patches = (SIZE // clip.config.vision_config.patch_size) ** 2
-
-    def __call__(self, pool: Pool, index: Tensor, step: int, generator: torch.Generator) -> Seen:
-        shown = round(self._share(step / self._steps) * self._patches)
-        order = torch.randperm(self._patches, generator=generator)[:shown] + 1
-        keep = torch.cat((torch.zeros(1, dtype=torch.long), order)).to(self._shop.device)
-        tower = self._clip.vision_model
-        return Seen(self._clip.visual_projection(pooled(tower, tower.embeddings(pool.pixels(index))[:, keep])))
-
-
-def _contrast(
-    shop: Workshop,
-    stage: str,
-    clip: CLIPModel,
-    look: Look,
-    alike: float,
-    wordings: tuple[Wording, ...] = ("full",),
-    draw: Draw | None = None,
-    head: nn.Module | None = None,
-) -> None:
-    """Train `clip` by symmetric contrast, in which equal captions are each other's positives (arXiv:2204.03610).
-
-    `look` gives the vectors of scenes, `alike` the share of one-background batches; each batch draws one of
-    `wordings`. `draw` gives a step's scenes; left out, they come from the shop's pool. `head` is trained along
-    and thrown away.
-    """
-
-    def from_pool(step: int, generator: torch.Generator, one_place: bool) -> tuple[Pool, Tensor]:
-        return shop.pool, (shop.pool.draw_alike if one_place else shop.pool.draw)(shop.length(stage).batch, generator)
-
-    def loss(step: int, generator: torch.Generator):
-        wording = wordings[int(torch.randint(len(wordings), (1,), generator=generator))]
-        one_place = wording != "place" and torch.rand(1, generator=generator).item() < alike
-        pool, index = (draw or from_pool)(step, generator, one_place)
-        captions = pool.captions(index, generator, wording)
-        ids, whose = shop.tokens(captions).to(shop.device).long().unique(dim=0, return_inverse=True)
-        with shop.autocast():
-            seen = look(pool, index, step, generator)
-            image = F.normalize(seen.vectors.float(), dim=-1)
-            text = clip.text_projection(clip.text_model(ids).pooler_output).float()[whose]
-        logits = clip.logit_scale.clamp(max=4.6).exp() * image @ F.normalize(text, dim=-1).T
-        equal = (whose[:, None] == whose[None]).float()
-        target = equal / equal.sum(1, keepdim=True)
-        value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        found = equal.gather(1, logits.argmax(1, keepdim=True)).mean().item()
-        if seen.aside is None:
-            return value, {"found": found}
-        return value + seen.aside, {"found": found, "aside": seen.aside.item()}
-
-    trained = clip if head is None else nn.ModuleDict({"clip": clip, "head": head})
-    shop.fit(stage, trained, loss, weight_decay=0.05, ema=0.0)
-    clip.save_pretrained(shop.family / "clip")

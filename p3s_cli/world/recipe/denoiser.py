@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -39,12 +38,14 @@ def stage_unet(shop: Workshop) -> None:
     n = shop.length("unet").batch
     together = int(_ALIKE * n) // len(PATTERNS) * len(PATTERNS)
 
-    def loss(step: int, generator: torch.Generator):
-        batch = shelf.draw(n - together, _DETAIL, generator) + fours.draw_alike(together, generator)
-        x, target = teacher.states(batch)
-        return teacher.loss(teacher.predict(x, batch.t, batch.ids), target, batch), {}
+    def draw(step: int, generator: torch.Generator) -> Batch:
+        return shelf.draw(n - together, _DETAIL, generator) + fours.draw_alike(together, generator)
 
-    shop.fit("unet", teacher.unet, loss, weight_decay=0.01, ema=0.999)
+    def compute(batch: Batch, unet: UNet2DConditionModel) -> tuple[Tensor, dict[str, Tensor]]:
+        x, target = teacher.states(batch)
+        return teacher.loss(teacher.predict(unet, x, batch.t, batch.ids), target, batch), {}
+
+    shop.fit("unet", teacher.unet, draw, compute, weight_decay=0.01, ema=0.999)
     teacher.unet.save_pretrained(shop.family / "unet")
 
 
@@ -67,17 +68,15 @@ class Batch:
 class Shelf:
     """The latents and captions of a pool's scenes, on the training device, to draw batches from.
 
-    Latents are kept in a file for the runs that go on. Each scene has two captions, one that leaves out what it likes
+    They are kept in a file for the runs that go on. Each scene has two captions, one that leaves out what it likes
     and one that says everything.
     """
 
     def __init__(self, shop: Workshop, pool: Pool, name: str):
-        self.pool, self.device = pool, shop.device
-        latents, subjects = _latents(shop, pool, shop.work / f"{name}.safetensors")
-        self.latents, self.subjects = latents.to(shop.device), subjects.to(shop.device)
-        tokens = shop.tokens
-        told = [tokens([caption(s, i, full) for i, s in enumerate(pool.scenes)]) for full in (False, True)]
-        self.ids, self._silence = torch.stack(told, 1).to(shop.device), tokens([""]).to(shop.device)
+        self.pool, self.device, self.noise = pool, shop.device, shop.noise
+        kept = _kept(shop, pool, shop.work / f"{name}.safetensors")
+        self.latents, self.subjects, self.ids = (kept[n].to(shop.device) for n in ("latents", "subjects", "ids"))
+        self._silence = shop.tokens([""]).to(shop.device)
 
     def draw(self, n: int, detail: float, generator: torch.Generator) -> Batch:
         """A tenth of the captions dropped; `detail` is the share of captions that say everything, and of
@@ -107,12 +106,6 @@ class Shelf:
         ids = self.ids[index, complete.to(self.device)]
         return torch.where(silent.to(self.device)[:, None], self._silence, ids)
 
-    def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Drawn on the device, where it is needed, from a seed of the step's own generator."""
-        seed = int(torch.randint(2**62, (1,), generator=generator))
-        there = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(shape, generator=there, device=self.device)
-
     def _inside(self, index: Tensor) -> Tensor:
         return self.subjects[index].float() / 255
 
@@ -121,21 +114,22 @@ class Teacher:
     """What noise prediction is taught with: the text tower, the schedule, the loss."""
 
     def __init__(self, shop: Workshop, unet: UNet2DConditionModel):
-        self.shop, self.unet = shop, unet.to(shop.device, memory_format=shop.layout)
+        self.shop, self.unet = shop, unet.to(shop.device)
         self.text_model = CLIPModel.from_pretrained(shop.family / "clip").text_model.to(shop.device).eval()
         self.scheduler = models.build_scheduler()
         self.alphas = self.scheduler.alphas_cumprod.to(shop.device)
-        self._predict = torch.compile(self.unet, dynamic=False) if shop.compiled else self.unet
+        if shop.compiled:
+            self.unet.compile(dynamic=False)
 
     @torch.no_grad()
     def encode(self, ids: Tensor) -> Tensor:
         """Text states (B, 77, D) of token ids (B, 77)."""
         return self.text_model(ids.to(self.shop.device).long()).last_hidden_state
 
-    def predict(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """The predicted noise, in float32."""
+    def predict(self, unet: UNet2DConditionModel, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """The noise predicted by `unet`, its own or a recording's copy of it, in float32."""
         with self.shop.autocast():
-            return self._predict(x.contiguous(memory_format=self.shop.layout), t, self.encode(ids)).sample.float()
+            return unet(x, t, self.encode(ids)).sample.float()
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The noisy states x_t of a batch, and the noise that leads from them to its latents."""
@@ -164,17 +158,20 @@ def _timesteps(n: int, from_middle: float, generator: torch.Generator) -> Tensor
 
 
 @torch.no_grad()
-def _latents(shop: Workshop, pool: Pool, path: Path) -> tuple[Tensor, Tensor]:
-    """Scaled latents (N, 4, 16, 16) of every scene and how much of each is subject (N, 1, 16, 16), in bytes."""
+def _kept(shop: Workshop, pool: Pool, path: Path) -> dict[str, Tensor]:
+    """Of every scene: scaled `latents` (N, 4, 16, 16); how much of each is subject, `subjects` (N, 1, 16, 16), in bytes; both
+    captions, `ids` (N, 2, 77)."""
     if path.exists():
         kept = load_tensors(path)[0]
         if len(kept["latents"]) == len(pool.scenes):  # of a run with other --scenes otherwise
-            return kept["latents"], kept["subjects"]
+            return kept
     vae = AutoencoderKL.from_pretrained(shop.family / "vae").to(shop.device)
     latents = []
     for rows in torch.arange(len(pool.scenes)).split(at_a_time(shop.device)):
         with shop.autocast():
             latents.append(vae.encode(pool.pixels(rows)).latent_dist.mean.float())
     scaled = torch.cat(latents).cpu() * vae.config.scaling_factor
-    save_tensors(path, {"latents": scaled, "subjects": pool.subjects})
-    return scaled, pool.subjects
+    told = [shop.tokens([caption(s, i, full) for i, s in enumerate(pool.scenes)]) for full in (False, True)]
+    kept = {"latents": scaled, "subjects": pool.subjects, "ids": torch.stack(told, 1)}
+    save_tensors(path, kept)
+    return kept

@@ -8,15 +8,17 @@ inputs. It is not shipped.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from p3s_cli.world.readers import GROUPS, LABELS
-from p3s_cli.world.recipe.denoiser import Shelf, Teacher
-from p3s_cli.world.recipe.readers import misread, settle, true_vectors
+from p3s_cli.world.readers import LABELS
+from p3s_cli.world.recipe.denoiser import Batch, Shelf, Teacher
+from p3s_cli.world.recipe.readers import by_group, misread, settle, true_vectors
 from p3s_cli.world.recipe.workshop import Workshop, at_a_time
 from p3s_cli.world.scenes import Scene, caption
 
@@ -38,17 +40,23 @@ def stage_reward(shop: Workshop) -> None:
     pairs = [_predictions(shop, teacher, shelf) for shelf in shelves]
     latents, t, truth = (torch.cat(parts) for parts in zip(*pairs, strict=True))
 
-    def loss(step: int, generator: torch.Generator):
+    def draw(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.randint(len(latents), (shop.length("reward").batch,), generator=generator).to(shop.device)
         shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
-        x = latents[index] + 0.05 * shelves[0].noise(latents[index].shape, generator)
+        x = latents[index] + 0.05 * shop.noise(latents[index].shape, generator)
         x = torch.roll(F.pad(x, (1, 1, 1, 1), mode="replicate"), shift, (2, 3))[..., 1:-1, 1:-1]
-        with shop.autocast():
-            logits = _read(reader, x, t[index])
-        losses = misread(logits, truth[index])
-        return losses.sum(1).mean(), dict(zip(GROUPS, losses.mean(0).tolist(), strict=True))
+        return x, t[index], truth[index]
 
-    shop.fit("reward", reader, loss, weight_decay=0.01, ema=0.0)
+    def compute(
+        drawn: tuple[Tensor, Tensor, Tensor], reader: ResNetForImageClassification
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        x, t, wanted = drawn
+        with shop.autocast():
+            logits = _read(reader, x, t)
+        losses = misread(logits, wanted)
+        return losses.sum(1).mean(), by_group(losses)
+
+    shop.fit("reward", reader, draw, compute, weight_decay=0.01, ema=0.0)
     chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(shop.seed))[:4096]
     settle(reader, (_shown(latents[rows], t[rows]) for rows in chosen.to(shop.device).split(128)))
     reader.save_pretrained(shop.work / "reward")
@@ -68,27 +76,42 @@ def stage_unet_reward(shop: Workshop) -> None:
     of = one_or_two_kinds(shelf.pool.scenes)
     own: list[Walks] = []
 
-    def loss(step: int, generator: torch.Generator):
+    def draw(step: int, generator: torch.Generator) -> tuple[Batch, Own]:
         if not own or step % _ROUND == 0:
             own[:] = [Walks(teacher, of, generator, own_share)]
         batch = shelf.draw(shop.length("unet_reward").batch - own_share, 0.5, generator)
+        return batch, own[0].draw(own_share, generator)
+
+    def compute(drawn: tuple[Batch, Own], unet: UNet2DConditionModel) -> tuple[Tensor, dict[str, Tensor]]:
+        batch, walked = drawn
         x, target = teacher.states(batch)
-        walked, walked_t, ids, truth = own[0].draw(own_share, generator)
-        t = torch.cat((batch.t, walked_t))
-        eps, own_eps = teacher.predict(torch.cat((x, walked)), t, torch.cat((batch.ids, ids))).split(
-            (len(x), len(walked))
+        states, t, ids = (
+            torch.cat((x, walked.states)),
+            torch.cat((batch.t, walked.t)),
+            torch.cat((batch.ids, walked.ids)),
         )
+        eps, own_eps = teacher.predict(unet, states, t, ids).split((len(x), len(walked.states)))
         denoised = teacher.loss(eps, target, batch)
         with shop.autocast():
-            logits = _read(reader, clean(teacher, walked, own_eps, walked_t), walked_t)
-        losses = misread(logits, truth)
+            logits = _read(reader, clean(teacher, walked.states, own_eps, walked.t), walked.t)
+        losses = misread(logits, walked.truth)
         # an x0 moves 1 / sqrt(SNR) times as far as the noise does: noisy states would be all that is heard
-        heard = teacher.snr(walked_t).sqrt().clamp(max=1)
-        numbers = {"denoised": denoised.item(), **dict(zip(GROUPS, losses.mean(0).tolist(), strict=True))}
+        heard = teacher.snr(walked.t).sqrt().clamp(max=1)
+        numbers = {"denoised": denoised.detach(), **by_group(losses)}
         return denoised + _WEIGHT * (heard * losses.sum(1)).mean(), numbers
 
-    shop.fit("unet_reward", teacher.unet, loss, weight_decay=0.01, ema=0.99)
+    shop.fit("unet_reward", teacher.unet, draw, compute, weight_decay=0.01, ema=0.99)
     teacher.unet.save_pretrained(shop.family / "unet")
+
+
+@dataclass(frozen=True)
+class Own:
+    """States (n, 4, 16, 16) of own sampling, their t (n,), captions as token ids (n, 77), and the labels these name (n, labels)."""
+
+    states: Tensor
+    t: Tensor
+    ids: Tensor
+    truth: Tensor
 
 
 class Walks:
@@ -118,16 +141,17 @@ class Walks:
         x, states = torch.randn(prompts, 4, 16, 16, generator=generator).to(device), []
         for t in self.t:
             states.append(x)
-            both = teacher.predict(torch.cat((x, x)), t.expand(2 * prompts), torch.cat((self.ids, silence)))
+            both = teacher.predict(
+                teacher.unet, torch.cat((x, x)), t.expand(2 * prompts), torch.cat((self.ids, silence))
+            )
             words, free = both.chunk(2)
             x = teacher.scheduler.step(free + self.guidance * (words - free), t, x).prev_sample
         self.states = torch.stack(states, 1)
 
-    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """States (n, 4, 16, 16), their t (n,), captions as token ids (n, 77), and the labels these name (n, labels)."""
+    def draw(self, n: int, generator: torch.Generator) -> Own:
         who = torch.randint(len(self.captions), (n,), generator=generator).to(self.t.device)
         when = torch.randint(len(self.t), (n,), generator=generator).to(self.t.device)
-        return self.states[who, when], self.t[when], self.ids[who], self.truth[who]
+        return Own(self.states[who, when], self.t[when], self.ids[who], self.truth[who])
 
 
 def one_or_two_kinds(scenes: list[Scene]) -> tuple[list[Scene], list[Scene]]:
@@ -186,5 +210,5 @@ def _predictions(shop: Workshop, teacher: Teacher, shelf: Shelf) -> tuple[Tensor
     latents = shelf.latents[index]
     for rows in (~true).nonzero()[:, 0].split(2 * at_a_time(shop.device)):
         x = teacher.scheduler.add_noise(latents[rows], shelf.noise(latents[rows].shape, generator), t[rows])
-        latents[rows] = clean(teacher, x, teacher.predict(x, t[rows], ids[rows]), t[rows])
+        latents[rows] = clean(teacher, x, teacher.predict(teacher.unet, x, t[rows], ids[rows]), t[rows])
     return latents, t.masked_fill(true, 0), truth

@@ -49,22 +49,27 @@ def stage_words(shop: Workshop) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(shop.family / "tokenizer")
     clip = CLIPModel.from_pretrained(shop.family / "clip").to(shop.device)
     naming, former = Naming(clip).to(shop.device), copy.deepcopy(clip.text_model)
-    starts = torch.tensor(tokenizer.convert_tokens_to_ids(["a</w>", "an</w>", "and</w>"]))
-    known = _known(shop, tokenizer)
+    starts = torch.tensor(tokenizer.convert_tokens_to_ids(["a</w>", "an</w>", "and</w>"])).to(shop.device)
+    known = _known(shop, tokenizer).to(shop.device)
 
-    def loss(step: int, generator: torch.Generator):
+    def draw(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         captions = shop.pool.captions(shop.pool.draw(shop.length("words").batch, generator), generator)
-        ids = shop.tokens(captions)[:, :_LENGTH].long()
+        ids = shop.tokens(captions)[:, :_LENGTH].to(shop.device).long()
         wanted = phrases(ids, starts, tokenizer.eos_token_id, len(known)) & known
-        said = wanted.any(-1)
-        target = (wanted / wanted.sum(-1, keepdim=True).clamp(min=1)).to(shop.device)
-        logits, read = naming(ids.to(shop.device))
-        with torch.no_grad():
-            truth = former(ids.to(shop.device)).last_hidden_state
-        named, lost = F.cross_entropy(logits[said], target[said]), F.mse_loss(read, truth)
-        return named + _KEEPING * lost, {"named": named.item(), "lost": lost.item()}
+        count = wanted.sum(-1, keepdim=True)
+        return ids, wanted / count.clamp(min=1), count > 0
 
-    shop.fit("words", naming, loss, weight_decay=0.01, ema=0.0)
+    def compute(drawn: tuple[Tensor, Tensor, Tensor], naming: Naming) -> tuple[Tensor, dict[str, Tensor]]:
+        ids, target, said = drawn
+        logits, read = naming(ids)
+        with torch.no_grad():
+            truth = former(ids).last_hidden_state
+        # where nothing is to be said the target is zero, and so is its cross-entropy
+        named = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), reduction="sum") / said.sum()
+        lost = F.mse_loss(read, truth)
+        return named + _KEEPING * lost, {"named": named.detach(), "lost": lost.detach()}
+
+    shop.fit("words", naming, draw, compute, weight_decay=0.01, ema=0.0)
     if shop.ended("words"):  # until then the next piece, too, needs the former tower
         clip.save_pretrained(shop.family / "clip")
 
@@ -75,7 +80,7 @@ def phrases(ids: Tensor, starts: Tensor, end: int, tokens: int) -> Tensor:
     A phrase begins at one of `starts`; `end` is the token that closes a text and fills it up.
     """
     length = ids.shape[1]
-    at = torch.arange(length)
+    at = torch.arange(length, device=ids.device)
     first = torch.where(torch.isin(ids, starts), at, 0).cummax(1).values
     first = torch.where(ids == end, 0, first)
     inside = (at[None, None] <= at[None, :, None]) & (at[None, None] >= first[:, :, None])

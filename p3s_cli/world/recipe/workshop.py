@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
+from p3s_cli.sd.captured import CapturedLoss
+from p3s_cli.sd.graphs import possible
 from p3s_cli.sd.train import Checkpoint, Recipe, train
 from p3s_cli.world.recipe.tokens import Tokens
 from p3s_cli.world.render import render
@@ -39,22 +42,39 @@ class Length:
 
 
 LENGTH = {
-    "vae": Length(7_500, 16, 2e-3),
-    "clip": Length(1_400, 96, 1e-3),
+    "vae": Length(3_600, 64, 2e-3),
+    "clip": Length(1_400, 192, 1e-3),
     "words": Length(900, 128, 1e-3),
-    "vision": Length(900, 96, 7e-4),
-    "vision_long": Length(1_800, 96, 7e-4),
-    "vision_kinds": Length(900, 768, 7e-4),
-    "vision_fresh": Length(2_800, 192, 4e-4),
-    "vision_whole": Length(1_200, 192, 3e-4),
+    "vision": Length(2_400, 384, 7e-4),
+    "vision_fresh": Length(420, 384, 3e-4),
     "unet": Length(1_500, 512, 1e-3),
     "reward": Length(4_000, 256, 2e-3),
     "unet_reward": Length(400, 384, 2e-4),
-    "labels": Length(6_000, 96, 3e-3),
-    "labels_long": Length(4_000, 96, 1.5e-3),
-    "identity": Length(1_200, 128, 2e-3),
+    "labels": Length(4_000, 256, 3e-3),
+    "identity": Length(2_000, 256, 2e-3),
 }
 SCENES = 131_072
+AT_ONCE = 8_192  # scenes a card paints in the time it takes for 1,000: what counts is how often Python asks
+
+
+Draw = Callable[[int, torch.Generator], Any]
+Compute = Callable[[Any, nn.Module], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """A stage's loss in its two halves (`sd.captured.Stepwise`): `draw` (step, generator), all that is random, and
+    `compute` (drawn, module)."""
+
+    module: nn.Module
+    draw: Draw
+    compute: Compute
+
+    def judge(self, drawn: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.compute(drawn, self.module)
+
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.judge(self.draw(step, generator))
 
 
 class Pool:
@@ -79,32 +99,26 @@ class Pool:
     @cached_property
     def _drawn(self) -> tuple[Tensor, Tensor]:
         images, subjects = [], []
-        at_once = at_a_time(self.device)
+        at_once = at_a_time(self.device, AT_ONCE)
         for i in range(0, len(self.scenes), at_once):
             pixels, masks = render(self.scenes[i : i + at_once], self.device)
             images.append((255 * pixels).round().to(torch.uint8))
             subjects.append((255 * F.avg_pool2d(masks.any(1, keepdim=True).float(), 8)).round().to(torch.uint8))
         return torch.cat(images), torch.cat(subjects).cpu()
 
+    def bytes(self, index: Tensor) -> Tensor:
+        """(B, 3, 128, 128), as they are kept."""
+        return self.images[index.to(self.images.device)]
+
     def pixels(self, index: Tensor) -> Tensor:
         """(B, 3, 128, 128) in [-1, 1]."""
-        return self.images[index.to(self.images.device)].float() / 127.5 - 1
+        return as_pixels(self.bytes(index))
 
-    def captions(
-        self, index: Tensor, generator: torch.Generator, wording: Wording = "full", complete: float = 0.0
-    ) -> list[str]:
-        """One for each scene; of those with a `full` wording, a share that is `complete` leaves nothing out."""
-        salt = torch.randint(2**31, (len(index),), generator=generator).tolist()
-        if wording != "full":
-            return [short_caption(self.scenes[i], wording) for i in index.tolist()]
-        return [
-            caption(self.scenes[i], s, full=s < complete * 2**31) for i, s in zip(index.tolist(), salt, strict=True)
-        ]
+    def captions(self, index: Tensor, generator: torch.Generator) -> list[str]:
+        return captions([self.scenes[i] for i in index.tolist()], generator)
 
-    def draw_alike(self, n: int, generator: torch.Generator) -> Tensor:
-        """Scenes that share one background."""
-        places = list(BACKGROUNDS)
-        place = places[int(torch.randint(len(places), (1,), generator=generator))]
+    def draw_at(self, place: str, n: int, generator: torch.Generator) -> Tensor:
+        """Scenes of one background."""
         rows = self._by_place[place]
         return rows[torch.randint(len(rows), (n,), generator=generator)]
 
@@ -112,9 +126,22 @@ class Pool:
         return torch.randint(len(self.scenes), (n,), generator=generator)
 
 
-def at_a_time(device: str) -> int:
+def captions(scenes: Sequence[Scene], generator: torch.Generator, wording: Wording = "full") -> list[str]:
+    """One for each scene."""
+    salts = torch.randint(2**31, (len(scenes),), generator=generator).tolist()
+    if wording != "full":
+        return [short_caption(scene, wording) for scene in scenes]
+    return [caption(scene, salt) for scene, salt in zip(scenes, salts, strict=True)]
+
+
+def as_pixels(images: Tensor) -> Tensor:
+    """Bytes to [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def at_a_time(device: str, on_a_card: int = 2048) -> int:
     """How many pictures to draw, encode or look at together: what fits a processor's cache, or fills a card."""
-    return 64 if device == "cpu" else 2048
+    return 64 if device == "cpu" else on_a_card
 
 
 class Workshop:
@@ -150,11 +177,6 @@ class Workshop:
     def tokens(self) -> Tokens:
         return Tokens(CLIPTokenizer.from_pretrained(self.family / "tokenizer"))
 
-    @property
-    def layout(self) -> torch.memory_format:
-        """Of the U-Net's weights: a card's matrix units read channels last."""
-        return torch.contiguous_format if self.device == "cpu" else torch.channels_last
-
     def log(self, stage: str, row: dict) -> None:
         line = json.dumps({"stage": stage, **row})
         self.work.mkdir(parents=True, exist_ok=True)
@@ -167,6 +189,12 @@ class Workshop:
         kind = self.device.split(":")[0]
         fast = kind != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         return torch.autocast(kind, torch.bfloat16, enabled=fast)
+
+    def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Drawn on the device, where it is needed, from a seed of the step's own generator."""
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        there = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(shape, generator=there, device=self.device)
 
     def length(self, stage: str) -> Length:
         """The recipe's, but for what this run was asked for."""
@@ -181,9 +209,9 @@ class Workshop:
         folder.mkdir(parents=True, exist_ok=True)
         return Checkpoint(folder, 90)
 
-    def fit(self, stage: str, module: nn.Module, loss: Callable, weight_decay: float, ema: float) -> None:
-        """Train all of `module`, leaving the weights to keep in it."""
-        length = self.length(stage)
+    def fit(self, stage: str, module: nn.Module, draw: Draw, compute: Compute, weight_decay: float, ema: float) -> None:
+        """Train what of `module` requires gradients, leaving the weights to keep in it; on a card each step is one graph."""
+        length, lessons = self.length(stage), Lessons(module, draw, compute)
         recipe = Recipe(
             length.steps,
             length.lr,
@@ -195,30 +223,23 @@ class Workshop:
             betas=(0.9, 0.99),
         )
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        graphed = possible(self.device, length.steps) and not self.compiled
+        loss = CapturedLoss(lessons, module, torch.float32) if graphed else lessons
+        told = self._teller(stage, length.batch)
+        keep = train(trained, loss, recipe, told, self._checkpoint(stage), self.until)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(keep[name])
+
+    def _teller(self, stage: str, batch: int) -> Callable[[int, int, dict[str, float]], None]:
+        """Logs every fiftieth step and the last, with the pace since the first it heard of."""
         started, first = time.monotonic(), [None]
 
         def on_step(step: int, total: int, numbers: dict[str, float]) -> None:
             first[0] = first[0] or step
             if step % 50 == 0 or step == total:
-                rate = (step - first[0] + 1) * length.batch / (time.monotonic() - started)
-                self.log(
-                    stage,
-                    {
-                        "step": step,
-                        "of": total,
-                        "samples_per_s": round(rate, 1),
-                        **{k: round(v, 5) for k, v in numbers.items()},
-                    },
-                )
+                rate = (step - first[0] + 1) * batch / (time.monotonic() - started)
+                row = {"step": step, "of": total, "samples_per_s": round(rate, 1)}
+                self.log(stage, row | {k: round(v, 5) for k, v in numbers.items()})
 
-        keep = train(
-            trained,
-            loss,
-            recipe,
-            on_step,
-            self._checkpoint(stage),
-            self.until,
-        )
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(keep[name])
+        return on_step

@@ -1,4 +1,4 @@
-"""P3S's passes and its training step as CUDA graphs (`sd/graphs.py`)."""
+"""Passes of models and steps of training as CUDA graphs (`sd/graphs.py`)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from p3s_cli.methods import nested
-from p3s_cli.sd import graphs
+from p3s_cli.sd import graphs, nested
 from p3s_cli.sd.graphs import Record, Recording, record
 from p3s_cli.sd.train import Computed
 
@@ -61,7 +60,7 @@ class Stepwise(Protocol):
     `sd.train` gives it, in its own precision.
     """
 
-    def draw(self, generator: torch.Generator) -> Any: ...
+    def draw(self, step: int, generator: torch.Generator) -> Any: ...
 
     def compute(self, drawn: Any, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -83,32 +82,33 @@ class _Step:
 
 
 class CapturedLoss:
-    """A loss for `sd.train` whose computation, backward pass included, is one graph.
+    """A loss for `sd.train` whose computation, backward pass included, is one graph for each shape of what is drawn.
 
-    It is computed with a copy of `model` in `dtype`, which follows `model` at every step and is what sampling will use,
-    so that half precision needs no casts one by one; the gradients end in float32 at `model`'s own parameters.
+    It is computed with a copy of `model` in `dtype`, which follows `model` at every step; where that is what sampling will use,
+    half precision needs no casts one by one. The gradients end in float32 at `model`'s own parameters.
 
-    The first step is eager, and the recording made at the second, when all that a run keeps has its place in memory. It
-    is proved on the draws of both before it counts; a step that is not finite is made again by `judge`.
+    The first step of a shape is eager, and the recording made at the second, when all that a run keeps has its place in memory.
+    It is proved on the draws of both before it counts; a step that is not finite is made again by `judge`.
     """
 
     def __init__(self, loss: Stepwise, model: nn.Module, dtype: torch.dtype, record: Record = record):
         self._loss, self._model, self._dtype, self._record = loss, model, dtype, record
-        self._recording: Recording[_Step] | None = None
-        self._earlier: Any = None
+        self._recorded: dict[Hashable, Recording[_Step]] = {}
+        self._earlier: tuple[Hashable, Any] = None, None  # the last draw, and its shape
         self._refused = False
 
     def __call__(self, step: int, generator: torch.Generator) -> Computed:
-        drawn = self._loss.draw(generator)
-        if self._recording is None and self._earlier is not None and not self._refused:
+        drawn = self._loss.draw(step, generator)
+        shape = nested.shape(drawn, [])
+        earlier, self._earlier = self._earlier, (shape, drawn)
+        if shape not in self._recorded and shape == earlier[0] and not self._refused:
             try:
-                self._recording = self._begun([self._earlier, drawn])
+                self._recorded[shape] = self._begun([earlier[1], drawn])
             except RuntimeError as error:
                 self._drop(error)
-        self._earlier = drawn
-        if self._recording is None:
+        if shape not in self._recorded:
             return Computed(*self._loss.judge(drawn))
-        made = self._recording.replayed(nested.tensors(drawn))
+        made = self._recorded[shape].replayed(nested.tensors(drawn))
         if not all(map(math.isfinite, made.size.tolist())):  # the loop waits for it right after, anyway
             return self._doubted(drawn)
         self._give(made.gradients)
@@ -116,9 +116,8 @@ class CapturedLoss:
 
     def _begun(self, draws: Sequence[Any]) -> Recording[_Step]:
         """A recording that holds on these draws. Raises RuntimeError."""
-        masters = list(self._model.parameters())
-        working = copy.deepcopy(self._model).to(self._dtype)
-        weights = list(working.parameters())
+        masters, working = self._trained(), copy.deepcopy(self._model).to(self._dtype)
+        weights = [p for p in working.parameters() if p.requires_grad]
         fixed = [t.clone() for t in nested.tensors(draws[0])]
         drawn, compute = nested.filled(draws[0], iter(fixed)), self._loss.compute
 
@@ -141,7 +140,7 @@ class CapturedLoss:
     def _doubted(self, drawn: Any) -> Computed:
         """The eager step in the place of a recorded one that is not finite, and of all that follow if it is finite itself."""
         value, numbers = self._loss.judge(drawn)
-        gradients = torch.autograd.grad(value, list(self._model.parameters()), allow_unused=True)
+        gradients = torch.autograd.grad(value, self._trained(), allow_unused=True)
         norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
         if math.isfinite(value.item()) and math.isfinite(norm.item()):
             self._drop(graphs.Untrue("a replay was not finite where its work is"))
@@ -149,11 +148,14 @@ class CapturedLoss:
         return Computed(value.detach(), numbers, norm)
 
     def _give(self, gradients: Sequence[Tensor | None]) -> None:
-        for parameter, gradient in zip(self._model.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(self._trained(), gradients, strict=True):
             parameter.grad = gradient  # the loop lets go of it after each step
 
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self._model.parameters() if p.requires_grad]
+
     def _drop(self, error: RuntimeError) -> None:
-        self._recording, self._refused = None, True
+        self._recorded, self._refused = {}, True
         graphs.told(error)
 
 
