@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import tiny
 import torch
+from recordings import again
 from torch import nn
 
 from p3s_cli import config as settings
@@ -20,18 +21,6 @@ from p3s_cli.sd import graphs, images, nested
 from p3s_cli.sd.captured import CapturedLoss, Graphed
 from p3s_cli.sd.family import load
 from p3s_cli.subject import Subject
-
-
-def again(work):
-    """As a CUDA graph: the results stay where they are, a replay changes what is in them, and nothing is kept alive for it."""
-    results, work = work(), weakref.ref(work)
-
-    def replay():
-        for fixed, new in zip(nested.tensors(results), nested.tensors(work()()), strict=True):
-            with torch.no_grad():
-                fixed.copy_(new)
-
-    return replay, results
 
 
 def refused(work):
@@ -241,6 +230,41 @@ def test_recorded_passes_draw_the_same_picture(lesson, recorded_by, tmp_path, re
         made = stages.generate(root, "a [V] thing", n=2, steps=4, force=True, family=family, **options)
         drawn.append([images.to_tensor(images.load_image(path)) for path in made.images])
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+
+
+class Slopes:
+    """A loss linear in what is trained, of as many inputs as the step says; beside it a weight that is not trained."""
+
+    def __init__(self, sizes):
+        self.model, self.sizes = nn.Linear(1, 1), sizes
+        self.model.bias.requires_grad_(False)
+
+    def draw(self, step, generator):
+        return torch.full((self.sizes[step],), step + 1.0)
+
+    def compute(self, drawn, model):
+        return (drawn * model.weight[0]).sum() + model.bias.sum(), {}
+
+    def judge(self, drawn):
+        return self.compute(drawn, self.model)
+
+
+def test_each_shape_of_what_is_drawn_has_a_recording(monkeypatch):
+    """The gradient is the sum of the inputs, whichever recording gave it; what is not trained gets none.
+
+    A shape that comes once, or for the first time, is not recorded; one that comes again finds its recording.
+    """
+    monkeypatch.setattr(graphs, "_now", lambda: 0.0)
+    made, sizes = [], (3, 3, 3, 2, 3, 2, 2, 2, 3)
+    loss = Slopes(sizes)
+    captured = CapturedLoss(loss, loss.model, torch.float32, lambda work: made.append(work) or again(work))
+    for step, size in enumerate(sizes):
+        computed = captured(step, torch.Generator())
+        if computed.value.requires_grad:
+            computed.value.backward()
+        assert loss.model.weight.grad.item() == size * (step + 1) and loss.model.bias.grad is None
+        assert len(made) == (0, 1, 1, 1, 1, 1, 2, 2, 2)[step]
+        loss.model.weight.grad = None
 
 
 def doubled(calls):

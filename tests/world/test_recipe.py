@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from recordings import again
 from transformers import CLIPModel, CLIPTokenizer
 
 import p3s_cli
+from p3s_cli.sd import checkpoints, graphs
+from p3s_cli.sd.captured import CapturedLoss
 from p3s_cli.sd.weights import load_tensors
+from p3s_cli.world.recipe import workshop
 from p3s_cli.world.recipe.contrast import kinds_of, of_patches, pooled, stage_vision, stage_vision_fresh
 from p3s_cli.world.recipe.export import stage_export, stage_reopen
+from p3s_cli.world.recipe.readers import stage_labels
 from p3s_cli.world.recipe.tokens import Tokens
-from p3s_cli.world.recipe.words import phrases
+from p3s_cli.world.recipe.words import phrases, stage_words
 from p3s_cli.world.recipe.workshop import Workshop
 from p3s_cli.world.scenes import caption, sample_instance, sample_scene, solo
 from p3s_cli.world.shapes import CATEGORIES
@@ -85,6 +90,23 @@ def test_a_round_of_the_vision_tower_leaves_the_text_tower_and_resumes_to_the_sa
     before = load_tensors(WEIGHTS / "clip/model.safetensors")[0]
     still = {name for name in whole if torch.equal(whole[name], before[name].float())}
     assert still == {name for name in whole if name.startswith("text_model")}
+
+
+@pytest.mark.parametrize("stage", [stage_words, stage_vision_fresh, stage_labels])
+def test_a_stage_whose_steps_are_recorded_learns_the_same_bits(tmp_path, monkeypatch, stage):
+    """All that a step needs reaches its recording through what is drawn, or is fixed: four steps, of which three are replays."""
+    monkeypatch.setattr(graphs, "_now", lambda: 0.0)
+    learnt = []
+    for recorded in (False, True):
+        monkeypatch.setattr(workshop, "possible", lambda device, steps, recorded=recorded: recorded)
+        monkeypatch.setattr(workshop, "CapturedLoss", lambda *given: CapturedLoss(*given, again))
+        work = tmp_path / str(recorded)
+        shop = Workshop(work, "cpu", seed=0, scenes=64, steps=4, batch=12)
+        stage_reopen(shop)
+        stage(shop)
+        folder = work / "checkpoints" / stage.__name__.removeprefix("stage_")
+        learnt.append(checkpoints.newest(folder)[0])
+    assert all(torch.equal(learnt[1][name], tensor) for name, tensor in learnt[0].items())
 
 
 def test_patches_count_by_their_share_of_a_subject_whose_kind_is_known():
