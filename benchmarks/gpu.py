@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # on a machine where p3s 
 import torch  # noqa: E402
 from gpu_drawing import PROMPT, Drawing  # noqa: E402
 from gpu_report import Dropped, Report  # noqa: E402
-from gpu_training import Training, flop, tune  # noqa: E402
+from gpu_training import Training, tune  # noqa: E402
 from sd15 import in_memory  # noqa: E402
 from speed import in_turn  # noqa: E402
 from tables import machine  # noqa: E402
@@ -127,9 +127,8 @@ def measure(report: Report, family: Family, root: Path, steps: int) -> None:
     report.part("pixels, captured vs eager", 13, drawing.pixels)
     report.part("the stages", 20, lambda: whole(family, root))
     report.part("the whole run, captured", 14, training.whole_run)
-    report.part("the floor", 7, lambda: flop(family, training.subject))
-    found = report.found
-    report.part("plain parts", 5, lambda: training.against(found["TFLOP of a training step"], found["matrix_TFLOPs"]))
+    report.part("the floor", 7, lambda: training.floor(report.found["matrix_TFLOPs"]))
+    report.part("plain parts", 5, training.against)
     report.part("drawing 4 images", 50, drawing.drawn)
     report.part("drawing 1 image", 18, lambda: drawing.in_turn(1, {"eager": {}, "captured": {}}, 1))
     report.part("growth of training", 18, training.growth)

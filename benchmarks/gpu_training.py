@@ -105,17 +105,23 @@ class Training:
             return None
         return self.tuning(True, self.steps)
 
-    def against(self, teraflops: float, rate: float) -> dict[str, float]:
-        """The training step over its floor, its plain parts and a LoRA step, and both kinds of it over each other."""
+    def against(self) -> dict[str, float]:
+        """The training step over its plain parts and a LoRA step."""
         found = in_turn(parts(self.family, 1), 8, self.family.device)
         plain_parts = sum(found[f"{n} forward + backward"] for n in ("frozen", "copy"))
         made = {f"{n}, ms": s * 1e3 for n, s in found.items()}
-        floor = teraflops / rate
         for kind, run in self.runs.items():
             tail = "" if kind == "captured" else ", eager"
             made[f"train_step_vs_parts{tail}"] = run.step / plain_parts
             made[f"train_step_vs_lora{tail}"] = run.step / found["LoRA step"]
-            made[f"train_step_vs_floor{tail}"] = run.step / floor
+        return made
+
+    def floor(self, rate: float) -> dict[str, float]:
+        """The FLOP of a step, the time that they take at this rate, in TFLOP/s, and both kinds of step over it."""
+        made = flop(self.family, self.subject)
+        floor = made["TFLOP of a training step"] / rate
+        for kind, run in self.runs.items():
+            made[f"train_step_vs_floor{'' if kind == 'captured' else ', eager'}"] = run.step / floor
         return made | {"training step's floor, ms": floor * 1e3}
 
     def losses(self) -> dict[str, float]:

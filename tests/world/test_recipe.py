@@ -15,10 +15,11 @@ from p3s_cli.sd import checkpoints, graphs
 from p3s_cli.sd.captured import CapturedLoss
 from p3s_cli.sd.weights import load_tensors
 from p3s_cli.world.recipe import workshop
-from p3s_cli.world.recipe.contrast import kinds_of, of_patches, pooled, stage_vision, stage_vision_fresh
+from p3s_cli.world.recipe.contrast import pooled
 from p3s_cli.world.recipe.export import stage_export, stage_reopen
 from p3s_cli.world.recipe.readers import stage_labels
 from p3s_cli.world.recipe.tokens import Tokens
+from p3s_cli.world.recipe.vision import kinds_of, of_patches, stage_vision, stage_vision_fresh
 from p3s_cli.world.recipe.words import phrases, stage_words
 from p3s_cli.world.recipe.workshop import Workshop
 from p3s_cli.world.scenes import caption, sample_instance, sample_scene, solo

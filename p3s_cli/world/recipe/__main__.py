@@ -19,16 +19,12 @@ import torch
 
 from p3s_cli.sd.determinism import exact
 from p3s_cli.world.recipe.autoencoder import stage_vae
-from p3s_cli.world.recipe.contrast import (
-    stage_clip,
-    stage_tokenizer,
-    stage_vision,
-    stage_vision_fresh,
-)
+from p3s_cli.world.recipe.contrast import stage_clip, stage_tokenizer
 from p3s_cli.world.recipe.denoiser import stage_unet
 from p3s_cli.world.recipe.export import stage_export, stage_reopen
 from p3s_cli.world.recipe.readers import stage_identity, stage_labels
 from p3s_cli.world.recipe.reward import stage_reward, stage_unet_reward
+from p3s_cli.world.recipe.vision import stage_vision, stage_vision_fresh
 from p3s_cli.world.recipe.words import stage_words
 from p3s_cli.world.recipe.workshop import SCENES, Workshop
 

@@ -7,7 +7,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from p3s_cli.world import models
-from p3s_cli.world.recipe.workshop import Workshop, as_pixels
+from p3s_cli.world.recipe.pool import as_pixels
+from p3s_cli.world.recipe.workshop import Workshop
 from p3s_cli.world.scenes import SIZE
 
 _CROP = 64

@@ -12,7 +12,8 @@ from transformers import CLIPModel
 
 from p3s_cli.sd.weights import load_tensors, save_tensors
 from p3s_cli.world import models
-from p3s_cli.world.recipe.workshop import Pool, Workshop, at_a_time
+from p3s_cli.world.recipe.pool import Pool, at_a_time
+from p3s_cli.world.recipe.workshop import Workshop
 from p3s_cli.world.scenes import caption
 from p3s_cli.world.shapes import PATTERNS
 

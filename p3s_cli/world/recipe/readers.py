@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers import ResNetForImageClassification, ResNetModel
 
 from p3s_cli.world.readers import GROUPS, LABELS, build_identity_encoder, build_label_reader, true_labels
-from p3s_cli.world.recipe.workshop import Pool, Workshop, as_pixels, at_a_time
+from p3s_cli.world.recipe.pool import Pool, as_pixels, at_a_time
+from p3s_cli.world.recipe.workshop import Workshop
 from p3s_cli.world.scenes import ACCESSORIES, CATEGORIES, Scene, sample_instance, solo
 
 _DECODED = 4  # one in so many scenes of the pool is also shown as the autoencoder gives it back

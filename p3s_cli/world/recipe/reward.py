@@ -18,8 +18,9 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from p3s_cli.world.readers import LABELS
 from p3s_cli.world.recipe.denoiser import Batch, Shelf, Teacher
+from p3s_cli.world.recipe.pool import at_a_time
 from p3s_cli.world.recipe.readers import by_group, misread, settle, true_vectors
-from p3s_cli.world.recipe.workshop import Workshop, at_a_time
+from p3s_cli.world.recipe.workshop import Workshop
 from p3s_cli.world.scenes import Scene, caption
 
 _READ = 98_304  # scenes of either pool, at most, whose predictions are kept, to learn to read

@@ -1,4 +1,4 @@
-"""What every stage of the recipe shares: training scenes, step counts, the way a run trains and reports."""
+"""What every stage of the recipe shares: step counts, where a run's files are, the way it trains and reports."""
 
 from __future__ import annotations
 
@@ -12,22 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from p3s_cli.sd.captured import CapturedLoss
 from p3s_cli.sd.graphs import possible
 from p3s_cli.sd.train import Checkpoint, Recipe, train
+from p3s_cli.world.recipe.pool import Pool
 from p3s_cli.world.recipe.tokens import Tokens
-from p3s_cli.world.render import render
 from p3s_cli.world.scenes import (
-    BACKGROUNDS,
-    Scene,
-    Wording,
-    caption,
     each_pattern,
     sample_scene,
-    short_caption,
 )
 from p3s_cli.world.shapes import PATTERNS
 
@@ -54,7 +48,6 @@ LENGTH = {
     "identity": Length(2_000, 256, 2e-3),
 }
 SCENES = 131_072
-AT_ONCE = 8_192  # scenes a card paints in the time it takes for 1,000: what counts is how often Python asks
 
 
 Draw = Callable[[int, torch.Generator], Any]
@@ -75,73 +68,6 @@ class Lessons:
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         return self.judge(self.draw(step, generator))
-
-
-class Pool:
-    """Training scenes with fresh captions at every visit; drawn at first need and kept as bytes."""
-
-    def __init__(self, scenes: list[Scene], device: str):
-        self.device, self.scenes = device, scenes
-        self._by_place = {
-            b: torch.tensor([i for i, s in enumerate(self.scenes) if s.background == b]) for b in BACKGROUNDS
-        }
-
-    @property
-    def images(self) -> Tensor:
-        """(N, 3, 128, 128), bytes."""
-        return self._drawn[0]
-
-    @property
-    def subjects(self) -> Tensor:
-        """(N, 1, 16, 16), the share of each latent pixel that is subject, in 0..255."""
-        return self._drawn[1]
-
-    @cached_property
-    def _drawn(self) -> tuple[Tensor, Tensor]:
-        images, subjects = [], []
-        at_once = at_a_time(self.device, AT_ONCE)
-        for i in range(0, len(self.scenes), at_once):
-            pixels, masks = render(self.scenes[i : i + at_once], self.device)
-            images.append((255 * pixels).round().to(torch.uint8))
-            subjects.append((255 * F.avg_pool2d(masks.any(1, keepdim=True).float(), 8)).round().to(torch.uint8))
-        return torch.cat(images), torch.cat(subjects).cpu()
-
-    def bytes(self, index: Tensor) -> Tensor:
-        """(B, 3, 128, 128), as they are kept."""
-        return self.images[index.to(self.images.device)]
-
-    def pixels(self, index: Tensor) -> Tensor:
-        """(B, 3, 128, 128) in [-1, 1]."""
-        return as_pixels(self.bytes(index))
-
-    def captions(self, index: Tensor, generator: torch.Generator) -> list[str]:
-        return captions([self.scenes[i] for i in index.tolist()], generator)
-
-    def draw_at(self, place: str, n: int, generator: torch.Generator) -> Tensor:
-        """Scenes of one background."""
-        rows = self._by_place[place]
-        return rows[torch.randint(len(rows), (n,), generator=generator)]
-
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(len(self.scenes), (n,), generator=generator)
-
-
-def captions(scenes: Sequence[Scene], generator: torch.Generator, wording: Wording = "full") -> list[str]:
-    """One for each scene."""
-    salts = torch.randint(2**31, (len(scenes),), generator=generator).tolist()
-    if wording != "full":
-        return [short_caption(scene, wording) for scene in scenes]
-    return [caption(scene, salt) for scene, salt in zip(scenes, salts, strict=True)]
-
-
-def as_pixels(images: Tensor) -> Tensor:
-    """Bytes to [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def at_a_time(device: str, on_a_card: int = 2048) -> int:
-    """How many pictures to draw, encode or look at together: what fits a processor's cache, or fills a card."""
-    return 64 if device == "cpu" else on_a_card
 
 
 class Workshop:
