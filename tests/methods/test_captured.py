@@ -19,6 +19,7 @@ from p3s_cli.methods import p3s
 from p3s_cli.methods.base import Lesson
 from p3s_cli.sd import graphs, images, nested
 from p3s_cli.sd.captured import CapturedLoss, Graphed
+from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import load
 from p3s_cli.subject import Subject
 
@@ -305,6 +306,15 @@ def test_a_recording_that_takes_longer_than_its_work_is_dropped(monkeypatch, cap
     graphed = Graphed(doubled([]), again)
     assert [graphed(torch.ones(2), 2)["out"].tolist() for _ in range(3)] == [[2, 2]] * 3
     assert [r.message for r in caplog.records] == [f"{WITHOUT}: a replay took 200 ms, its work 100"]
+
+
+def test_what_must_repeat_its_bits_hangs_on_no_clock(monkeypatch, caplog):
+    times = iter([0.0, 0.1, 0.0, 0.9, 0.0, 0.1, 0.0, 0.2])
+    monkeypatch.setattr(graphs, "_now", lambda: next(times))
+    graphed = Graphed(doubled(calls := []), again)
+    with exact(True):
+        assert [graphed(torch.ones(2), 2)["out"].tolist() for _ in range(3)] == [[2, 2]] * 3
+    assert not caplog.records and len(calls) == 1 + 2 * 2 + 1  # the third is a replay alone
 
 
 def test_nothing_is_recorded_on_a_cpu_or_for_a_few_steps():
