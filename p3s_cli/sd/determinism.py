@@ -18,7 +18,8 @@ def exact(wanted: bool) -> Iterator[None]:
     """If wanted, only kernels that repeat bit for bit, also on CUDA. As found on exit.
 
     cuDNN then neither chooses by timing nor sums in any order; TF32 stays as it is, as it rounds the same way every
-    time. Memory that is about to be written is not filled before: that would only find faults of ours. Raises P3SError where torch has no such kernel, or cuBLAS was used before without its workspace being fixed.
+    time. Memory that is about to be written is not filled before: that would only find faults of ours. Raises P3SError
+    where torch has no such kernel, or cuBLAS was used before without its workspace being fixed.
     """
     if not wanted:
         yield

@@ -97,9 +97,8 @@ class Recording(Generic[R]):
         pairs = zip(self._parts(self._results), self._parts(truth), strict=True)
         if apart := [d for d in (_apart(found, true) for found, true in pairs) if not d <= _TOLERANCE]:
             raise Untrue(f"a replay gave other numbers than its work, apart by {apart[0]:.2g} of their norm")
-        timed = (
-            self.proofs and not torch.are_deterministic_algorithms_enabled()
-        )  # the first has the graph to bring to the card
+        # the first replay has the graph to bring to the card
+        timed = self.proofs and not torch.are_deterministic_algorithms_enabled()
         if timed and replay > _SLOWER * eager:
             raise Untrue(f"a replay took {replay * 1e3:.0f} ms, its work {eager * 1e3:.0f}")
         self.proofs += 1

@@ -46,7 +46,7 @@ class Pool:
 
     def bytes(self, index: Tensor) -> Tensor:
         """(B, 3, 128, 128), as they are kept."""
-        return self.images[index.to(self.images.device)]
+        return self.images[index.to(self.device)]
 
     def pixels(self, index: Tensor) -> Tensor:
         """(B, 3, 128, 128) in [-1, 1]."""
