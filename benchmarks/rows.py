@@ -8,7 +8,8 @@
 
 `--less` adds by how much a method scores above each other one, image by image of the same prompt and seed. `--keep` writes
 the joined rows into one compressed file, the pictures named as they lie in their folder of work. `--json` writes what
-`p3s eval --json` says of them, with the seconds in `--measured`, and `--plot` its trade-off plot.
+`p3s eval --json` says of them, with the seconds in `--measured`, and `--plot` its trade-off plot. Seconds an image are
+those of the pace of the run: name its `--fast` or `--quick` here, too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from p3s_cli import methods
 from p3s_cli.benches import world
 from p3s_cli.benches.ending import BASE, numbers
 from p3s_cli.benches.entries import BUDGETS, Entry, rivals
+from p3s_cli.benches.evaluate import plan
 from p3s_cli.benches.ledger import Ledger
 from p3s_cli.benches.run import Outcome, gather
 from p3s_cli.errors import InputError
@@ -101,10 +103,13 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, nargs="+", default=[Path("none")])
     for option in ("--keep", "--json", "--plot"):
         parser.add_argument(option, type=Path)
+    for option in ("--fast", "--quick"):
+        parser.add_argument(option, action="store_true")
     args = parser.parse_args()
     rows, how = read(args.rows), protocols.protocol(args.protocol)
     who = entries(dict.fromkeys(row.method for row in rows))
-    outcome = gather(rows, who, Ledger(args.measured[0], args.measured[1:]), how)
+    pace = plan(fast=args.fast, quick=args.quick).pace
+    outcome = gather(rows, who, Ledger(args.measured[0], args.measured[1:]), how, pace)
     if args.keep:
         keep(rows, args.keep)
     if args.json:

@@ -150,8 +150,9 @@ def mask_command(photo: Path, reference: Reference, root: Path) -> str:
 
 
 def _written(point: tuple[float, float], reference: Reference) -> str:
-    """Pixels as a command takes them; as fractions those of the first pixel, whose numbers would be read as that."""
+    """Pixels as a command takes them, to the last bit, for other points would make another mask; as fractions those of the
+    first pixel, whose numbers would be read as that."""
     x, y = point
     if 0 <= x <= 1 and 0 <= y <= 1 and not (x.is_integer() and y.is_integer()):
         return f"{x / (reference.width - 1):.8f},{y / (reference.height - 1):.8f}"
-    return f"{x:g},{y:g}"
+    return ",".join(str(int(v)) if v.is_integer() else repr(v) for v in (x, y))

@@ -25,6 +25,7 @@ from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 from p3s_cli import config as settings
+from p3s_cli.atomic import committing, finish
 from p3s_cli.errors import InputError
 from p3s_cli.methods.base import Learnt, SubjectPart, check_made_for, check_pair
 from p3s_cli.methods.p3s import P3S
@@ -142,7 +143,8 @@ class P3SPipeline(StableDiffusionPipeline):
         `subject_strength` is one number, or one for each subject. `guidance_scale` is s_t and `subject_guidance`
         s_i of `sd.sample.passes`; the latter defaults to the family's, and other than 1 takes a third pass of the
         U-Net. Without guidance (a scale of 1 or less) s_t is 1.
-        Warns of words that the text encoder does not see. Raises InputError for arguments of `_NOT_HERE`.
+        Warns of words that the text encoder does not see. Raises InputError for arguments of `_NOT_HERE`, and for
+        more `references` than any subject has.
         """
         for name in _NOT_HERE.keys() & kwargs.keys():
             if not (kwargs[name] is None or isinstance(kwargs[name], (int, float)) and kwargs[name] == 0):
@@ -153,6 +155,8 @@ class P3SPipeline(StableDiffusionPipeline):
         size = height or edge, width or edge
         if references < 1:
             raise InputError("give at least one of each subject's references (references=1)")
+        if references > (most := max(len(s.manifest.references) for s in subjects)):
+            raise InputError(f"{subjects[0].root} has {most} of {references} references; give no more with references=")
         asked = settings.GenerateConfig(size=size, references=references, subject_guidance=subject_guidance)
         if subjects[0].as_printed:
             asked = replace(asked, reuse=1)
@@ -199,21 +203,40 @@ class P3SPipeline(StableDiffusionPipeline):
         return lambda step: controls.speaker([g for g in guides if g.speaks(step, self.num_timesteps)])
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """The base in diffusers' layout, ControlNets, the CLIP pair, and the subjects without their outputs and what `p3s eval` made of them."""
-        folder, (_, subjects) = Path(save_directory), self.__dict__["_p3s"]
-        super().save_pretrained(folder, **kwargs)
-        family = self._family()
-        family.vision.clip.save_pretrained(folder / "clip")
-        (folder / "clip/preprocessor_config.json").write_text(json.dumps(family.vision.statistics))
-        own = replace(family.profile, base=".", clip="clip")
-        (folder / "p3s.json").write_text(json.dumps(asdict(own), indent=2))
-        for i, subject in enumerate(subjects):
-            left_out, there = shutil.ignore_patterns("outputs", "eval", ".*"), folder / _SUBJECTS / f"{i:02d}"
-            if not (there.exists() and there.samefile(subject.root)):  # saved where it was loaded from
-                shutil.copytree(subject.root, there, ignore=left_out, dirs_exist_ok=True)
-        for other in (folder / _SUBJECTS).glob("[0-9][0-9]"):  # of another pipeline that was saved here before
-            if int(other.name) >= len(subjects):
-                shutil.rmtree(other)
+        """The base in diffusers' layout, ControlNets, the CLIP pair, and the subjects without their outputs and what `p3s eval` made of them.
+
+        A pipeline that was saved there before gives way, with its ControlNets and subjects, once all of this one is written.
+        Raises P3SError if it cannot be, which leaves that one as it was.
+        """
+        family, folder = self._family(), Path(save_directory)
+        subjects, own = self.__dict__["_p3s"][1], replace(family.profile, base=".", clip="clip")
+        finish(folder)  # a save that was killed
+        places = {i: folder / _SUBJECTS / f"{i:02d}" for i in range(len(subjects))}
+        staying = {i: p for i, p in places.items() if p.exists() and p.samefile(subjects[i].root)}  # with its outputs
+        moving = {i: p for i, p in places.items() if i not in staying}
+        former = self._former(folder) - set(staying.values())
+        with committing(folder) as new:
+            super().save_pretrained(new, **kwargs)
+            family.vision.clip.save_pretrained(new / "clip")
+            (new / "clip/preprocessor_config.json").write_text(json.dumps(family.vision.statistics))
+            (new / "p3s.json").write_text(json.dumps(asdict(own), indent=2))
+            for i, place in moving.items():
+                left_out = shutil.ignore_patterns("outputs", "eval", ".*")
+                shutil.copytree(subjects[i].root, new / place.relative_to(folder), ignore=left_out)
+            made = {folder / p.relative_to(new) for p in new.rglob("*")}
+        for place in former:
+            _clear(place, made)
+        for i, place in moving.items():
+            if subjects[i].root.parent.resolve() == place.parent.resolve():  # no more, where it was loaded from
+                subjects[i] = Subject.open(place)
+                self.__dict__.get("_learnt", {}).pop(i, None)
+
+    def _former(self, folder: Path) -> set[Path]:
+        """The folders of a pipeline that was saved here before, if one was: of its components, CLIP pair and subjects."""
+        if not (folder / _SUBJECTS).is_dir():
+            return set()
+        nets, subjects = folder.glob("controlnet_[0-9]"), (folder / _SUBJECTS).glob("[0-9][0-9]")
+        return {*(folder / name for name in (*self.components, "clip")), *nets, *subjects}
 
     def _family(self) -> Family:
         """The family as it is now: `to`, and components that were replaced, included."""
@@ -227,6 +250,14 @@ class P3SPipeline(StableDiffusionPipeline):
         family.__dict__.update({name: getattr(self, name) for name in _MODULES})
         family.vision.clip.to(family.device, family.dtype)
         return family
+
+
+def _clear(place: Path, made: set[Path]) -> None:
+    """Remove what of a folder was not made just now, or the whole folder; of one that is a link no more than the link."""
+    inside = () if place.is_symlink() else place.rglob("*")
+    for path in sorted((place, *inside), reverse=True):  # what lies in a folder before the folder
+        if path not in made:
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _checked(

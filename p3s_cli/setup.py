@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -67,6 +68,12 @@ class Wanted:
     inpainter: str | None = None
     control: tuple[str, ...] = ()
 
+    @classmethod
+    def named(cls, model: str, vision: str | None, inpainter: str | None, control: Sequence[str] | None) -> Wanted:
+        """Of the names as they are given, folders by their absolute paths, as the stages find them."""
+        found = (name and profiles.located(name) for name in (model, vision, inpainter))
+        return cls(*found, tuple(control or ()))
+
     @property
     def profile(self) -> profiles.Profile:
         # a tower for masks alone comes beside the family's CLIP, and not in its place
@@ -86,7 +93,7 @@ class Wanted:
     @property
     def command(self) -> str:
         named = (("--vision", self.vision), ("--inpainter", self.inpainter), *(("--control", n) for n in self.control))
-        return " ".join(["p3s fetch", self.model, *(f"{option} {value}" for option, value in named if value)])
+        return shlex.join(["p3s", "fetch", self.model, *(word for pair in named if pair[1] for word in pair)])
 
 
 def doctor(
@@ -103,7 +110,7 @@ def doctor(
     `vision`, `inpainter` and `control` name models as the stages do. Looks at this machine only; nothing is
     fetched. Raises InputError for an unknown model, device or dtype.
     """
-    wanted = Wanted(model, vision, inpainter, tuple(control or ()))
+    wanted = Wanted.named(model, vision, inpainter, control)
     profile, device = wanted.profile, resolve_device(device)
     kind = resolve_dtype(dtype, device)
     parts = (*_checkpoint(profile), *(_state(p) for p in wanted.parts))
@@ -178,7 +185,7 @@ def fetch(
                 f"{model} names the metric models of a protocol; leave out --vision, --inpainter and --control, or name a family"
             )
         return [_fetch_metric(model, key, report) for key in PROTOCOLS[model].models]
-    wanted = Wanted(model, vision, inpainter, tuple(control or ()))
+    wanted = Wanted.named(model, vision, inpainter, control)
     hub.lists(wanted.profile.base, "safety_checker", online=True)  # brings the index that says which parts there are
     parts = sorted(wanted.parts, key=lambda p: p.optional)
     states = []
@@ -231,7 +238,8 @@ def _discard(broken: Sequence[Path]) -> bool:
 
 def _fetch(part: Part, command: str) -> PartState:
     found, state = hub.folder(part), "present"
-    if found and _discard(integrity.damaged(hub.files(found, part))):
+    # a damaged index can make a part that is there look incomplete
+    if _discard(integrity.damaged(hub.files(found, part) if found else hub.remains(part))):
         found, state = None, "repaired"
     if found is None:
         if Path(part.source).exists():

@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from p3s_cli.atomic import committing, replacing, sha256
-from p3s_cli.config import PAPER_CONTROL, as_settings
+from p3s_cli.config import PAPER_CONTROL, read_control
 from p3s_cli.errors import InputError, P3SError, first_reason
 from p3s_cli.manifest import MANIFEST, Manifest, Reference, Stage, mask_command, parse, read_manifest
 
@@ -106,16 +106,19 @@ class Subject:
         for reference in self.manifest.references:
             stage = reference.mask
             whole = stage is not None and self.intact(stage, *reference.made)
-            if stage is None or stage.inputs != self.mask_inputs(reference, stage.settings) or not whole:
-                photo = self.path(reference.photo_file)
-                if not photo.is_file():  # as in what was imported
-                    raise InputError(
-                        f"the mask of {reference.folder} in {self.root} is missing or damaged, and so is its photo; import "
-                        "the subject again, or make it anew with p3s mask"
-                    )
+            fits = stage is not None and stage.inputs == self.mask_inputs(reference, stage.settings)
+            if whole and fits:
+                continue
+            photo = self.path(reference.photo_file)
+            if not photo.is_file():  # as in what was imported
                 raise InputError(
-                    f"the mask of {reference.folder} does not belong to its points any more; refresh it with: {mask_command(photo, reference, self.root)}"
+                    f"the mask of {reference.folder} in {self.root} is missing or damaged, and so is its photo; import "
+                    "the subject again, or make it anew with p3s mask"
                 )
+            wrong = "is missing or damaged, or a picture of it is" if fits else "does not belong to its points any more"
+            raise InputError(
+                f"the mask of {reference.folder} {wrong}; refresh it with: {mask_command(photo, reference, self.root)}"
+            )
 
     def tuned(self) -> Stage:
         """The finetune record. Raises InputError, with the command to run, before there is one."""
@@ -128,14 +131,14 @@ class Subject:
             )
         return stage
 
-    def check_control(self, base_fingerprint: str) -> None:
-        """Raises InputError unless the control on disk is whole and belongs to these masks and this base."""
-        stage, again = self.tuned(), self.finetune_again
+    def check_control(self, base_fingerprint: str, base: str | None = None) -> None:
+        """Raises InputError unless the control on disk is whole and belongs to these masks and this base, called `base`."""
+        stage, again = self.tuned(), self.finetune_again()
         theirs = stage.settings["base_fingerprint"]
         if theirs != base_fingerprint:
             raise InputError(
                 f"the control of {self.root} belongs to another base model ({theirs[:12]}, not "
-                f"{base_fingerprint[:12]}); name that model with --model, or run: {self._finetune_command}"
+                f"{base_fingerprint[:12]}); name that model with --model, or run: {self.finetune_again(base)}"
             )
         if stage.inputs != self.finetune_inputs(base_fingerprint):
             raise InputError(f"{self.root} has changed since it was tuned (points, masks or words); run: {again}")
@@ -151,8 +154,14 @@ class Subject:
     @property
     def as_printed(self) -> bool:
         """Whether it is tuned by the preset `paper`, and is drawn so: the copy at every step, two passes of guidance."""
-        config = self.manifest.finetune.settings.get("config") if self.manifest.finetune else None
-        return isinstance(config, dict) and config.get("control") == as_settings(PAPER_CONTROL)
+        try:
+            return self.manifest.finetune is not None and read_control(self._config) == PAPER_CONTROL
+        except InputError:  # another method's
+            return False
+
+    @property
+    def _config(self) -> Any:
+        return self.manifest.finetune.settings.get("config") if self.manifest.finetune else None
 
     @property
     def _finetune_command(self) -> str:
@@ -165,12 +174,11 @@ class Subject:
             options += ["--seed", str(stage.seed)]
         return " ".join(["p3s", "finetune", shlex.quote(str(self.root)), *options])
 
-    @property
-    def finetune_again(self) -> str:
-        """The command that tunes as it was tuned, on that base, for as long and as fast."""
+    def finetune_again(self, base: str | None = None) -> str:
+        """The command that tunes as it was tuned, for as long and as fast, on that base or on another."""
         made = self.tuned().settings
-        config = made["config"] if isinstance(made.get("config"), dict) else {}
-        options = {"model": made.get("base"), "vision": made.get("vision") if self.method == "p3s" else None}
+        config = self._config if isinstance(self._config, dict) else {}
+        options = {"model": base or made.get("base"), "vision": made.get("vision") if self.method == "p3s" else None}
         options |= {name: config.get(name) for name in ("steps", "lr")}
         usual = {"model": self.manifest.model, "vision": "clip"}
         given = [f"--{n} {shlex.quote(str(v))}" for n, v in options.items() if v and v != usual.get(n)]

@@ -131,12 +131,19 @@ def test_two_photos_never_become_one_subject_or_get_each_others_clicks(pair, wor
         stages.mask_many(["x/a.png", "y/a.png"], clicks, output="both", family=world)
 
 
-def test_grid_keeps_the_photo_and_labels_its_pixels(tmp_path, pair):
+def test_grid_keeps_the_photo_and_labels_its_pixels(tmp_path, pair, monkeypatch):
     images.save_png(tmp_path / "two.png", pair[0])
     path = stages.grid(tmp_path / "two.png", tmp_path / "g.png")
     drawn = images.load_image(path)
     with pytest.raises(InputError, match="would take the place of .*two.png itself"):
         stages.grid(tmp_path / "two.png", tmp_path / "two.png")
+    for name in ("a.png", "a-grid.png"):
+        images.save_png(tmp_path / name, pair[0])
+    before = (tmp_path / "a-grid.png").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="would take the place of a-grid.png itself"):
+        stages.grid_many(["a.png", "a-grid.png"])
+    assert (tmp_path / "a-grid.png").read_bytes() == before
     assert drawn.width == 5 * 128  # enlarged by a whole number, so a line stands exactly on its pixel
     assert pictures.coordinate_grid(Image.new("RGB", (900, 600))).size == (900, 600)
 

@@ -1,6 +1,7 @@
 """Several subjects, ControlNet, LoRA and size in one image, and what an image says of itself."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from p3s_cli import stages
 from p3s_cli.config import FinetuneConfig, MemoryProfile
 from p3s_cli.errors import InputError
+from p3s_cli.manifest import SEEN_BY
 from p3s_cli.methods.base import Lesson
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.sd import a1111, images, text
@@ -226,8 +228,14 @@ def test_checkpointing_and_offloading_change_no_number(two, world, monkeypatch):
 
 
 def test_subjects_seen_through_different_clip_pairs_do_not_join(two):
+    """A pair is known by its files, wherever they lie; by its name where a record is of before these were kept."""
     one, other = (Subject.open(two / name) for name in "ab")
+    settings = other.manifest.finetune.settings
     Composition().check([one, other])
-    other.manifest.finetune.settings["vision"] = "another/pair"
+    settings["vision"] = "/another/place"
+    Composition().check([one, other])
+    with pytest.raises(InputError, match="another CLIP pair"), mock.patch.dict(settings, {SEEN_BY: "another"}):
+        Composition().check([one, other])
+    del settings[SEEN_BY]
     with pytest.raises(InputError, match="another CLIP pair"):
         Composition().check([one, other])

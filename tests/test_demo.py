@@ -41,6 +41,10 @@ def test_each_seed_has_a_subject_of_its_own_and_a_photo_of_another_version_is_re
     assert all(len(list(d.glob("references/*"))) == 1 for d in seen)
     photos = [tmp_path / name for name in ("reference.png", "reference-1.png")]
     assert photos[0].read_bytes() != photos[1].read_bytes()
+    own = tiny.photo(tmp_path / "own/reference.png").read_bytes()
+    with pytest.raises(InputError, match="reference.png is another picture than the demo's, and would be lost"):
+        story.demo(tmp_path / "own")
+    assert (tmp_path / "own/reference.png").read_bytes() == own
     tiny.photo(tmp_path / "subject/references/00/photo.png")
     with pytest.raises(InputError, match="photo.png is not what this version of p3s draws .*; remove .*subject, or"):
         story.demo(tmp_path)

@@ -119,7 +119,7 @@ def without(*path):
         (without("finetune", "settings"), "not one that p3s wrote; run: p3s finetune thing --force"),
         (without("finetune", "artifacts"), "not one that p3s wrote; run: p3s finetune thing --force"),
         (without("finetune", "result"), None),
-        (without("references", 0, "mask", "artifacts"), "does not belong to its points any more"),
+        (without("references", 0, "mask", "artifacts"), "is missing or damaged, or a picture of it is; refresh"),
         (without("references", 0, "mask", "result"), None),
         (without("references", 0, "mask", "settings"), "does not belong to its points any more"),
     ],

@@ -189,7 +189,7 @@ def test_subjects_tuned_with_different_clip_pairs_do_not_join(tiny_folder, tiny_
     stages.finetune(tmp_path / "pet", steps=1, family=tiny_family)
     manifest = shutil.copytree(tmp_path / "pet", tmp_path / "other") / "subject.json"
     record = json.loads(manifest.read_text())
-    record["finetune"]["settings"]["vision"] = "another/pair"
+    record["finetune"]["settings"]["vision_fingerprint"] = "another"
     manifest.write_text(json.dumps(record))
     with pytest.raises(InputError, match="other sees its references through another CLIP pair than .*pet; tune one"):
         P3SPipeline.from_pretrained(tiny_folder, subject=[tmp_path / "pet", tmp_path / "other"])

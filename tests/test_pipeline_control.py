@@ -1,5 +1,7 @@
 """ControlNets and several references in the diffusers pipeline, against our own stage and diffusers' own pipeline."""
 
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -7,7 +9,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
 from p3s_cli import P3SPipeline, stages
-from p3s_cli.errors import InputError
+from p3s_cli.errors import InputError, P3SError
 from p3s_cli.sd import images
 from p3s_cli.sd.pipeline import pipeline
 from p3s_cli.sd.sample import initial_noise
@@ -128,6 +130,75 @@ def test_saved_with_its_controlnets_it_draws_the_same_again(tiny_folder, tuned, 
     assert not torch.equal(drawn(bare), before) and bare.components["controlnet"] is None
 
 
+@pytest.fixture(scope="module")
+def other(tuned, tiny_family):
+    """A subject with one reference, in other colours."""
+    root = tuned.parent / "cat"
+    stages.mask(tuned.parent / "mirror.png", [(45, 32)], [(17, 32)], root, "cat", family=tiny_family)
+    stages.finetune(root, steps=1, family=tiny_family)
+    return root
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def test_of_a_pipeline_that_was_saved_there_before_nothing_is_left(tiny_folder, tuned, other, nets, tmp_path):
+    """A former subject's photo is another one's, a former ControlNet would come back: the folder is as a new one would be."""
+    pipe, before = made(tiny_folder, other), made(tiny_folder, [tuned, tuned], controlnet=nets)
+    for options in ({}, {"variant": "fp16"}):
+        before.save_pretrained(tmp_path / "saved", **options)
+    (tmp_path / "saved/notes.txt").write_text("not of p3s")
+    assert (tmp_path / "saved/subjects/00/references/01/photo.png").is_file()
+    pipe.save_pretrained(tmp_path / "saved")
+    pipe.save_pretrained(tmp_path / "new")
+    assert contents(tmp_path / "saved") == contents(tmp_path / "new") | {"notes.txt": b"not of p3s"}
+    again = P3SPipeline.from_pretrained(tmp_path / "saved")
+    assert again.components["controlnet"] is None
+    again.save_pretrained(tmp_path / "saved")  # where it was loaded from
+    assert contents(tmp_path / "saved/subjects") == contents(tmp_path / "new/subjects")
+    made(tiny_folder, tuned, controlnet=nets[0]).save_pretrained(tmp_path / "saved")
+    assert [p.name for p in (tmp_path / "saved").glob("controlnet*")] == ["controlnet"]
+
+
+def test_a_folder_that_a_former_p3s_saved_over_has_the_controlnets_of_its_index(
+    tiny_folder, tuned, nets, pictures, tmp_path
+):
+    """Which left the folders of an earlier pipeline's; diffusers goes by the index."""
+    made(tiny_folder, tuned).save_pretrained(tmp_path / "saved")
+    shutil.copytree(nets[0], tmp_path / "saved/controlnet")
+    assert P3SPipeline.from_pretrained(tmp_path / "saved").components["controlnet"] is None
+
+
+def test_a_save_that_fails_leaves_the_one_before_as_it_was(tiny_folder, tuned, other, nets, tmp_path, monkeypatch):
+    """The last that is written is the subject: by then the base and its index would have been another's."""
+    made(tiny_folder, tuned, controlnet=nets).save_pretrained(tmp_path / "saved")
+    before = contents(tmp_path / "saved")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(P3SError, match="cannot write .*saved: No space left on device.*nothing was changed"):
+        made(tiny_folder, other).save_pretrained(tmp_path / "saved")
+    assert contents(tmp_path / "saved") == before
+
+
+def test_subjects_of_a_saved_pipeline_may_change_places_in_it(tiny_folder, tuned, other, tmp_path):
+    """Each is read before another takes its place, and the pipeline goes on drawing its own."""
+    made(tiny_folder, [tuned, other]).save_pretrained(tmp_path / "saved")
+    places = [tmp_path / "saved/subjects/01", tmp_path / "saved/subjects/00"]
+    for chosen, prompt in ((places, "a [V1] cat and a [V2] dog"), (places[:1], "a [V] dog")):
+        pipe = made(tiny_folder, chosen)
+        before = drawn(pipe, prompt)
+        pipe.save_pretrained(tmp_path / "saved")
+        assert torch.equal(drawn(pipe, prompt), before)
+        again = P3SPipeline.from_pretrained(tmp_path / "saved")
+        again.set_progress_bar_config(disable=True)
+        assert torch.equal(drawn(again, prompt), before)
+    assert [p.name for p in (tmp_path / "saved/subjects").iterdir()] == ["00"]
+
+
 def test_what_does_not_go_with_its_controlnets_is_refused(tiny_folder, tuned, nets, pictures, world):
     pipe = made(tiny_folder, tuned, controlnet=nets)
     for options, words in (
@@ -137,6 +208,7 @@ def test_what_does_not_go_with_its_controlnets_is_refused(tiny_folder, tuned, ne
         ({"image": [pictures, pictures]}, "2 pictures for 1 prompts"),
         ({"image": pictures, "guess_mode": True}, "takes no guess_mode"),
         ({"image": pictures, "references": 0}, "at least one"),
+        ({"image": pictures, "references": 3}, "dog has 2 of 3 references; give no more"),  # as in p3s generate
     ):
         with pytest.raises(InputError, match=words):
             drawn(pipe, **options)

@@ -78,6 +78,22 @@ def test_a_subject_exported_whole_draws_the_same_image_elsewhere(tuned, world):
         stages.import_subject(out.file, tuned / "copy", family=world)
 
 
+def test_an_import_takes_the_place_of_no_subject_made_meanwhile(tuned, world, monkeypatch):
+    """Another process may make the directory while this one reads its models."""
+    out = stages.export_subject(tuned / "pet", tuned / "late.p3s.safetensors", 4, family=world)
+    joined = sharing._joined
+
+    def meanwhile(*given):
+        shutil.copytree(tuned / "pet", tuned / "late")
+        return joined(*given)
+
+    monkeypatch.setattr(sharing, "_joined", meanwhile)
+    with pytest.raises(InputError, match="late exists already"):
+        stages.import_subject(out.file, family=world, output=tuned / "late")
+    same = [(tuned / name / "subject.json").read_bytes() for name in ("pet", "late")]
+    assert same[0] == same[1]
+
+
 def test_a_low_rank_export_is_smaller_and_says_how_much_it_leaves_out(tuned, world):
     whole, _ = load_tensors(tuned / "pet/control/control.safetensors")
     sizes, errors = [], []

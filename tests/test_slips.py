@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +86,66 @@ def test_another_base_for_a_further_reference_is_refused(subject, photo, tiny_fa
         stages.mask(photo, ["18,32"], ["46,32"], subject, model="sd15")
     own = Subject.open(subject).manifest.model
     assert stages.mask(photo, ["18,32"], ["46,32"], subject, model=own, device="cpu").unchanged
+
+
+def test_a_base_that_has_moved_is_named_anew(photo, tmp_path, tiny_folder):
+    """Only --model can say where it lies now; what was made by way of the old place is still what it was."""
+    made = [tmp_path / name for name in ("first", "second", "it")]
+    shutil.copytree(tiny_folder, made[0])
+    given = photo, ["18,32"], ["46,32"], made[2]
+    stages.mask(*given, "thing", model=str(made[0]), device="cpu")
+    stages.finetune(made[2], steps=1, device="cpu")
+    made[0].rename(made[1])
+    with pytest.raises(
+        InputError, match="is made on .*first, which is not there any more; name its place with --model"
+    ):
+        stages.mask(*given, device="cpu")
+    assert stages.mask(*given, model=str(made[1]), device="cpu").unchanged
+    assert stages.mask(*given, device="cpu").unchanged and Subject.open(made[2]).manifest.model == str(made[1])
+    assert stages.generate(made[2], "a [V] thing", n=1, steps=1, model=str(made[1]), device="cpu").images
+
+
+def test_what_is_no_class_word_is_refused(photo, tmp_path, tiny_family):
+    for word, words in (("", "'' is no class word"), (" ?", "' [?]' is no class word"), ("[V2] dog", r"says \[V2\]")):
+        with pytest.raises(InputError, match=words):
+            stages.mask(photo, ["18,32"], [], tmp_path / "it", word, family=tiny_family)
+    assert not (tmp_path / "it").exists()
+    assert stages.mask(photo, ["18,32"], [], tmp_path / "it", " dog ", family=tiny_family).class_word == "dog"
+
+
+def test_nothing_is_learnt_or_given_away_in_no_steps_and_no_rank(subject, tiny_family, tmp_path):
+    """What was learnt before stays what it is."""
+    stages.finetune(subject, steps=1, family=tiny_family)
+    control = (subject / "control/control.safetensors").read_bytes()
+    for work, words in (
+        (lambda: stages.finetune(subject, steps=0, family=tiny_family), "0 steps teach nothing; .*--steps 1"),
+        (lambda: stages.export_subject(subject, tmp_path / "x", rank=0, family=tiny_family), "rank 0 .*--rank 1"),
+    ):
+        with pytest.raises(InputError, match=words):
+            work()
+    assert (subject / "control/control.safetensors").read_bytes() == control and not (tmp_path / "x").exists()
+
+
+def test_the_offered_command_keeps_what_was_tuned(subject, tiny_family, tmp_path):
+    """Points between pixels, as fractions give them, come back to the last bit; and a lost picture is called one."""
+    point = (18 + 1 / 3, 32.25)
+    stages.mask(subject / "references/00/photo.png", [point], ["46,32"], subject, family=tiny_family)
+    stages.finetune(subject, steps=1, family=tiny_family)
+    (subject / "references/00/overlay.png").unlink()
+    with pytest.raises(InputError, match="is missing or damaged, or a picture of it is; refresh it with: ") as caught:
+        stages.generate(subject, "a [V] thing", n=1, steps=1, family=tiny_family)
+    words = shlex.split(str(caught.value).split("refresh it with: ")[1])
+    positive, negative = (words[words.index(f"--{flag}") + 1] for flag in ("pos", "neg"))
+    stages.mask(words[2], [positive], [negative], words[-1], family=tiny_family)
+    assert stages.generate(subject, "a [V] thing", n=1, steps=1, family=tiny_family).images
+
+
+def test_another_base_is_told_how_to_tune_on_it(subject, tiny_family):
+    stages.finetune(subject, steps=1, lr=0.5, family=tiny_family)
+    other = load(tiny_family.source, "cpu")
+    other.__dict__["fingerprint"], other.source = "of another base", "/other base"
+    with pytest.raises(InputError, match=r"run: p3s finetune \S+ --model '/other base' --steps 1 --lr 0.5$"):
+        stages.generate(subject, "a [V] thing", n=1, steps=1, family=other)
 
 
 def test_another_class_word_is_said(subject, photo, tiny_family):

@@ -232,6 +232,17 @@ def test_paper_preset_runs_the_literal_equations(masked, photo, pair, world):
     assert "--preset paper -o" in mask_command(photo, Subject.open(masked.subject).manifest.references[0], photo)
 
 
+def test_a_control_of_before_a_setting_came_is_still_as_printed(masked, photo, pair, world):
+    """Its record leaves unsaid what could not be set then, and what the paper's preset sets to just that."""
+    stages.finetune(masked.subject, steps=1, preset="paper", family=world)
+    subject = Subject.open(masked.subject)
+    for setting in ("rounds", "astray", "learned_word"):
+        del subject.manifest.finetune.settings["config"]["control"][setting]
+        assert subject.as_printed
+    subject.manifest.finetune.settings["config"]["control"]["gamma"] = 0.5
+    assert not subject.as_printed
+
+
 def test_a_subject_can_have_several_references(masked, pair, world, tmp_path):
     images.save_png(tmp_path / "mirror.png", pair[0].transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     _, _, (left, right) = pair

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +86,20 @@ def first_finder(directory: Path, tower: VisionTower) -> Finder:
     """Finds the subject by what its first reference shows of it."""
     photo = read_originals(Subject.open(directory))[0]
     return Finder(tower, photo.pixels.float() / 255, photo.mask)
+
+
+def check_photos(directory: Path, photos: Iterable[Image.Image], otherwise: str) -> None:
+    """Raises InputError for a case with other photos, which these would be added to: hours of work may hang on it.
+
+    `otherwise` says so, of the directory.
+    """
+    if not Subject.exists(directory):
+        return
+    known = {images.pixel_hash(photo) for photo in photos}
+    if any(r.photo_sha256 not in known for r in Subject.open(directory).manifest.references):
+        raise InputError(
+            f"{directory} has {otherwise}; remove that directory to begin the case anew, or name another folder to work in"
+        )
 
 
 def _portrait(photo: Tensor, mask: Tensor) -> Image.Image:

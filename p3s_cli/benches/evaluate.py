@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from p3s_cli import methods, stages
 from p3s_cli.atomic import sha256
 from p3s_cli.benches import shards, world
-from p3s_cli.benches.cases import Case, Prompt, first_finder, subject_case
+from p3s_cli.benches.cases import Case, Prompt, check_photos, first_finder, subject_case
 from p3s_cli.benches.ending import PLOT, EvalResult, finish
 from p3s_cli.benches.entries import ablations, choose, rivals
 from p3s_cli.benches.run import Plan, Run
@@ -28,7 +27,6 @@ from p3s_cli.subject import Subject
 
 _WORLD_CASES, _QUICK_CASES = 12, 3
 _WORLD_WORK, _DREAMBENCH_WORK = "p3s-bench-world", "p3s-bench-dreambench"
-_QUICK = Plan(images=2, sampling={"steps": 20})
 
 
 def evaluate(
@@ -136,7 +134,7 @@ def evaluate_subject(
     judge = Judge(protocols.protocol(protocol_name or family.profile.protocol), family.folder, family.device)
     with writing(root, "p3s eval"):
         case = subject_case(root, family.vision, prompts or family.profile.prompts)
-        run = Run(root / "eval", family, judge, Plan(n or Plan.images, seed, _pace(fast)), on_progress or silent)
+        run = Run(root / "eval", family, judge, plan(n, seed, fast), on_progress or silent)
         return finish(run, entries, run.evaluate(entries, [case]), f"p3s eval {root.resolve().name}", [case])
 
 
@@ -172,11 +170,9 @@ def evaluate_world(
     else:
         entries = rivals(names or ("p3s",), methods.NAMES, budgets)
     entries += [e.at_strength(s) for e in entries if e.method != "untuned" for s in strengths]
-    plan = _QUICK if quick else Plan()
-    plan = replace(plan, images=n or plan.images, seed=seed, sampling=(plan.sampling or {}) | _pace(fast))
     numbers = shards.pick(range(_QUICK_CASES if quick else _WORLD_CASES), shard)
     with shards.at_work(root, shard, "p3s eval"):
-        run = Run(root, family, judge, plan, on_progress or silent, shard)
+        run = Run(root, family, judge, plan(n, seed, fast, quick), on_progress or silent, shard)
         made = world.cases(root / "cases", family, numbers, seed, quick)
         for number, case in zip(numbers, made, strict=True):
             for line, results in world.calibration(case, number, seed, root / "calibration").items():
@@ -214,20 +210,25 @@ def evaluate_dreambench(
     root, family = Path(work), load(model, device, dtype)
     judge = Judge(protocols.protocol(protocol_name), family.folder, family.device)
     with shards.at_work(root, shard, "p3s eval"):
-        run = Run(root, family, judge, Plan(n or Plan.images, seed, _pace(fast)), on_progress or silent, shard)
+        run = Run(root, family, judge, plan(n, seed, fast), on_progress or silent, shard)
         made = [_sitting(root / "cases", sitter, at, family) for sitter, at in zip(sitters, clicks, strict=True)]
         return finish(run, entries, run.evaluate(entries, made), "p3s eval --bench dreambench", made)
 
 
-def _pace(fast: bool) -> dict[str, Any]:
-    """What `generate` is told of the pace, for every method alike."""
-    return {"fast": True} if fast else {}
+def plan(n: int | None = None, seed: int = 0, fast: bool = False, quick: bool = False) -> Plan:
+    """How every method alike is drawn: `n` images of each prompt, where none is given as many as usual."""
+    how = Plan(images=2, sampling={"steps": 20}) if quick else Plan()
+    sampling = (how.sampling or {}) | ({"fast": True} if fast else {})
+    return Plan(n or how.images, seed, sampling)
 
 
 def _sitting(folder: Path, sitter: dreambench.Sitter, at: stages.PhotoClicks, family: Family) -> Case:
-    """A sitter's first photo masked, and all its photos as the truth."""
-    directory = folder / sitter.name
-    stages.mask(sitter.photos[0], at.positive, at.negative, directory, sitter.class_word, at.box, family=family)
+    """A sitter's first photo masked, and all its photos as the truth. Raises InputError if another one was masked there."""
+    directory, first = folder / sitter.name, sitter.photos[0]
+    # a former p3s threw the photo's colour profile away, and `mask` knows it by either
+    both = [images.load_image(first), images.load_image(first, managed=False)]
+    check_photos(directory, both, f"another photo than {first}")
+    stages.mask(first, at.positive, at.negative, directory, sitter.class_word, at.box, family=family)
     photos = tuple(images.load_image(p) for p in sitter.photos)
     finder = first_finder(directory, family.vision)
     truth = Truth(sitter.name, photos, masked=tuple(map(finder.blackened, photos)), finder=finder)

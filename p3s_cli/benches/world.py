@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
 
 from p3s_cli import stages
 from p3s_cli.atomic import sha256
-from p3s_cli.benches.cases import Case, Prompt, first_finder
+from p3s_cli.benches.cases import Case, Prompt, check_photos, first_finder
 from p3s_cli.benches.entries import References
-from p3s_cli.errors import InputError
 from p3s_cli.evals.truth import Result, Truth
 from p3s_cli.sd import images
 from p3s_cli.sd.family import Family
-from p3s_cli.subject import Subject
 from p3s_cli.world import seeds
 from p3s_cli.world.readers import BARE
 from p3s_cli.world.render import click, render
@@ -72,7 +70,7 @@ def _show(folder: Path, name: str, scene: Scene, number: int, family: Family, re
     ]
     pixels, masks = render(scenes, size=PHOTO_SIZE)
     photos = [images.to_pil(one) for one in pixels]
-    _check_photos(directory, photos)
+    check_photos(directory, photos, "a photo that this version of p3s draws otherwise")
     for k in range(references.photos):
         photo = folder / f"{name}{f'-{k}' if k else ''}.png"
         images.save_png(photo, photos[k])
@@ -89,18 +87,6 @@ def _show(folder: Path, name: str, scene: Scene, number: int, family: Family, re
             family=family,
         )
     return directory
-
-
-def _check_photos(directory: Path, photos: Sequence[Image.Image]) -> None:
-    """Raises InputError for a case with other photos, which these would be added to: hours of work may hang on it."""
-    if not Subject.exists(directory):
-        return
-    drawn = {images.pixel_hash(photo) for photo in photos}
-    if any(r.photo_sha256 not in drawn for r in Subject.open(directory).manifest.references):
-        raise InputError(
-            f"{directory} has a photo that this version of p3s draws otherwise; remove that directory to begin the case "
-            "anew, or name another folder for the benchmark"
-        )
 
 
 def _truth(directory: Path, family: Family, scene: Scene, number: int) -> Truth:
@@ -128,7 +114,10 @@ def _portraits(instance: Instance, number: int) -> tuple[tuple[Image.Image, ...]
 
 
 def calibration(case: Case, k: int, seed: int, folder: Path) -> dict[str, list[Result]]:
-    """True pictures as if they were results: of scene k's chosen one (the ceiling) and of its look-alike (the floor)."""
+    """True pictures as if they were results: of scene k's chosen one (the ceiling) and of its look-alike (the floor).
+
+    Their names say what is in them, for rows of a run of other prompts go on naming theirs.
+    """
     number = _number(k, seed)
     scene, first = lookalike_scene(number, CATEGORIES[k % len(CATEGORIES)]), _first_view(number) + _VIEWS
     lines = {}
@@ -138,7 +127,8 @@ def calibration(case: Case, k: int, seed: int, folder: Path) -> dict[str, list[R
             place = next(label.split("/")[1] for label in prompt.labels if label.startswith("background/"))
             worn = next(label.split("/")[1] for label in prompt.labels if label.startswith("accessory/"))
             view = solo(placed.instance, first + i, place, None if worn == BARE else worn)
-            path = folder / name.replace(" ", "-") / f"{case.name}-{i:02d}.png"
-            images.save_png(path, images.to_pil(render([view])[0][0]))
+            picture = images.to_pil(render([view])[0][0])
+            path = folder / name.replace(" ", "-") / f"{case.name}-{i:02d}-{images.pixel_hash(picture)[:8]}.png"
+            images.save_png(path, picture)
             lines[name].append(Result(path, sha256(path), prompt.plain, i, prompt.labels))
     return lines

@@ -80,11 +80,11 @@ class SubjectPart:
 
 def check_made_for(subject: Subject, family: Family) -> None:
     """Raises InputError unless the control is whole and belongs to the subject's masks, this base and this CLIP pair."""
-    subject.check_control(family.fingerprint)
+    subject.check_control(family.fingerprint, family.source)
     if not seen_alike(subject, family):
         raise InputError(
             f"{subject.root} was tuned through another CLIP pair: {family.profile.clip} has changed since; bring that one "
-            f"back, or run: {subject.finetune_again}"
+            f"back, or run: {subject.finetune_again()}"
         )
 
 
@@ -96,11 +96,14 @@ def seen_alike(subject: Subject, family: Family) -> bool:
 
 def check_pair(subjects: Sequence[Subject]) -> None:
     """Raises InputError if two see their references through different CLIP pairs, for a family has one."""
-    first = subjects[0]
+    first = subjects[0].tuned().settings
     for s in subjects[1:]:
-        if s.tuned().settings.get("vision") != first.tuned().settings.get("vision"):
+        theirs = s.tuned().settings
+        # by their files, where both were tuned since these are kept
+        told_by = SEEN_BY if SEEN_BY in first and SEEN_BY in theirs else "vision"
+        if theirs.get(told_by) != first.get(told_by):
             raise InputError(
-                f"{s.root} sees its references through another CLIP pair than {first.root}; tune one of them again with the other's --vision"
+                f"{s.root} sees its references through another CLIP pair than {subjects[0].root}; tune one of them again with the other's --vision"
             )
 
 

@@ -31,6 +31,7 @@ GB = 1e9
 _ACTIVATIONS, _CHECKPOINTED = 1.43 * GB, 0.83 * GB
 _PASS, _DECODE = 0.2 * GB, 0.6 * GB  # sampling, a sample and pass; decoding, an image; bfloat16, estimated
 _SMALL = 2 * GB  # a family that takes less needs no economy anywhere
+_RECORDED = 2.1  # times what a step takes: 32.4 and 16.0 GB of SD v1-5's, measured on a card
 _RUNTIME = 0.8 * GB  # what CUDA and its libraries take for themselves
 
 
@@ -160,6 +161,13 @@ def within(
         raise P3SError(
             f"out of memory with profile {name} and then with {less}; choose a smaller --memory or another --device"
         ) from error
+
+
+def room_to_record(profile: Profile, memory: MemoryProfile, device: str, dtype: torch.dtype, batch: int) -> bool:
+    """Whether the device holds a training step as a CUDA graph, whose activations keep a place of their own."""
+    available = device_memory(device)
+    needed = _RECORDED * Sizes.of(profile).finetune(memory, dtype, batch) + _RUNTIME
+    return available is None or needed <= available
 
 
 def _usable(tuning_on_mps: bool) -> dict[str, MemoryProfile]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,14 @@ def load_guide(family: Family, name: str, picture: Image.Image, strength: float,
 
 def load_net(family: Family, name: str) -> ControlNetModel:
     """A ControlNet by name, folder or hub id. Raises InputError if it cannot be had, or fits another kind of base."""
-    return fitted(family, hub.load(ControlNetModel, part(name), f"p3s fetch {family.source} --control {name}"), name)
+    fetch = shlex.join(["p3s", "fetch", family.source, "--control", name])
+    return fitted(family, hub.load(ControlNetModel, part(name), fetch), name)
 
 
 def load_saved(family: Family, folder: Path) -> list[ControlNetModel]:
-    """The ControlNets of a folder of diffusers: `controlnet`, `controlnet_1` and so on, as many as there are."""
+    """The ControlNets of a folder of diffusers, if its index has any: `controlnet`, `controlnet_1` and so on, as many as there are."""
+    if not hub.lists(str(folder), "controlnet"):
+        return []
     names = itertools.chain(["controlnet"], (f"controlnet_{i}" for i in itertools.count(1)))
     found = itertools.takewhile(Path.is_dir, (folder / name for name in names))
     return [load_net(family, str(one)) for one in found]

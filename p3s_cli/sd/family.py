@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +48,10 @@ class Family:
         self.source, self.profile, self.device, self.dtype = source, profile, device, dtype
         self.inpainter_chosen = False  # by name, so that its absence is an error
         self.inpainter_missing: str | None = None  # why the base has taken the inpainter's place, once it has
-        self.fetch = f"p3s fetch {source}"  # the command that brings what is missing
+        self.fetch = self._fetching()  # the command that brings what is missing
+
+    def _fetching(self, *options: str) -> str:
+        return shlex.join(["p3s", "fetch", self.source, *options])
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
@@ -109,7 +113,7 @@ class Family:
         if name == "clip":
             return self.vision
         part = tower(name)
-        fetch = f"p3s fetch {self.source} --vision {name}"
+        fetch = self._fetching("--vision", name)
 
         def as_filed() -> nn.Module:
             model = hub.load(AutoModel, part, fetch, trust_remote_code=False)
@@ -133,7 +137,7 @@ class Family:
             return None
         if sibling in (None, "."):
             return self.unet
-        fetch = f"p3s fetch {self.source} --inpainter {sibling}"
+        fetch = self._fetching("--inpainter", sibling)
         try:
             found = self._sibling(sibling, fetch)
         except InputError as error:
@@ -248,7 +252,7 @@ def load(
     where, profile = resolve_device(device), profiles.find(model, vision, inpainter)
     family = Family(model, profile, where, resolve_dtype(dtype, where))
     family.inpainter_chosen = inpainter is not None
-    family.fetch += f" --vision {vision}" if vision not in (None, "clip") else ""
+    family.fetch += f" --vision {shlex.quote(vision)}" if vision not in (None, "clip") else ""
     return family
 
 

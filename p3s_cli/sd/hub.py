@@ -126,14 +126,17 @@ def load(kind: Any, part: Part, fetch: str = "p3s fetch", **options: Any) -> Any
 
 def folder(part: Part) -> Path | None:
     """Where the part lies on this machine, whole; None if it, or a file of it, is missing."""
-    where, revision = split(part.source)
-    root = Path(where) if Path(where).is_dir() else snapshot(where, revision)
-    if root is None:
-        return None
-    inside = root / part.subfolder if part.subfolder else root
-    if not any((inside / name).is_file() for name in part.any_of):
+    inside = _inside(part)
+    if inside is None or not any((inside / name).is_file() for name in part.any_of):
         return None
     return inside if part.weights is None or weight_files(inside, part) else None
+
+
+def _inside(part: Part) -> Path | None:
+    """Where the part's files lie on this machine, whichever of them are there."""
+    where, revision = split(part.source)
+    root = Path(where) if Path(where).is_dir() else snapshot(where, revision)
+    return root / (part.subfolder or "") if root else None
 
 
 def snapshot(repo: str, revision: str | None) -> Path | None:
@@ -183,13 +186,14 @@ def _shards(index: Path) -> list[str]:
 
 
 def lists(source: str, component: str, online: bool = False) -> bool:
-    """Whether a pipeline has this component, as its model_index.json says; unknown counts as yes."""
+    """Whether a pipeline has this component, as its model_index.json says; unknown counts as yes, if a folder has it."""
     where, revision = split(source)
-    if Path(where).is_dir():
-        return (Path(where) / component).is_dir()
-    found = snapshot(where, revision)
+    here = Path(where).is_dir()
+    if here and not (Path(where) / component).is_dir():
+        return False
+    found = Path(where) if here else snapshot(where, revision)
     index = found / "model_index.json" if found else None
-    if online and not fetching.offline() and not (index and index.is_file()):
+    if online and not here and not fetching.offline() and not (index and index.is_file()):
         with contextlib.suppress(InputError):
             index = bring(Part("index", source, any_of=("model_index.json",))) / "model_index.json"
     if index is None or not index.is_file():
@@ -231,12 +235,23 @@ def _weight_patterns(stem: str | None, variant: str | None) -> list[str]:
 
 
 def files(inside: Path, part: Part) -> list[Path]:
-    """The files of a part that is here: its weights, and what else it asks for."""
+    """The files of a part that is here: its weights, the index of their shards, and what else it asks for."""
     others = [inside / n for n in (*part.any_of, *part.also) if (inside / n).is_file()]
-    return others + (weight_files(inside, part) if part.weights else [])
+    return others + (_indexed(inside, part) if part.weights else [])
+
+
+def remains(part: Part) -> list[Path]:
+    """The files of a part of which one is missing, or a damaged index names others than are there; of every variant."""
+    inside, variants = _inside(part), part.variants if part.weights else ()
+    names = [*part.any_of, *part.also, *(p for v in variants for p in _weight_patterns(part.weights, v))]
+    return [f for n in names for f in sorted(inside.glob(n)) if f.is_file()] if inside else []
 
 
 def loaded(inside: Path, part: Part) -> list[Path]:
     """The files that a part is loaded from, by name: its configuration, its weights, and the index of their shards."""
+    return sorted([inside / "config.json", *_indexed(inside, part)])
+
+
+def _indexed(inside: Path, part: Part) -> list[Path]:
     found, index = weight_files(inside, part), inside / _index(part.weights, _variant(inside, part))
-    return sorted([inside / "config.json", *found, *([index] if len(found) > 1 else [])])
+    return [*found, index] if len(found) > 1 else found

@@ -126,9 +126,18 @@ def find(model: str, vision: str | None = None, inpainter: str | None = None) ->
         profile = replace(profile, clip=vision, feature_layers=(), feature_side=0)
     if inpainter is not None:
         if inpainter != CLASSICAL:
-            _check_source(inpainter)
+            _check_inpainter(inpainter)
         profile = replace(profile, inpainter=inpainter)
     return profile
+
+
+def _check_inpainter(name: str) -> None:
+    _check_source(name)
+    path = Path(name).expanduser()
+    if not path.is_dir() and path.suffix != ".safetensors" and not hub.is_id(name):
+        raise InputError(
+            f"no inpainter is called {name!r}; name a folder, a .safetensors file or a hub id, or {CLASSICAL}"
+        )
 
 
 def _check_source(name: str) -> None:

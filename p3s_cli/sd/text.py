@@ -56,6 +56,19 @@ def identify(prompt: str, identifier: str, *others: str) -> str:
     return fill(prompt, *identifiers)
 
 
+def class_word(word: str) -> str:
+    """The word as prompts will have it, without space around it.
+
+    Raises InputError for one that has no letter, and for one with a place for a subject in it: prompts have theirs.
+    """
+    check_text("class word", word)
+    if not any(character.isalnum() for character in word):
+        raise InputError(f"{word!r:.80} is no class word; give --class as a word such as dog, or leave it out")
+    if place := _PLACE.search(word):
+        raise InputError(f'the class word "{word}" says {place[0]}, which prompts put before it; leave that out')
+    return word.strip()
+
+
 def check_text(which: str, words: str) -> None:
     """Raises InputError for what no manifest can hold, bytes of a shell that are no text, and for a book.
 

@@ -17,10 +17,8 @@ def grid(photo: Path | str, output: Path | str | None = None) -> Path:
     Returns the picture's path, `<stem>-grid.png` in the current folder by default. Raises InputError where that is the
     photo itself.
     """
-    photo = Path(photo)
-    path = Path(output) if output else Path(f"{photo.stem}-grid.png")
-    if path.exists() and photo.exists() and path.samefile(photo):
-        raise InputError(f"the grid would take the place of {photo} itself; name another file with --output")
+    photo, path = Path(photo), _place(photo, output)
+    _check_free(path, [photo])
     images.save_png(path, pictures.coordinate_grid(images.load_image(photo)))
     return path
 
@@ -31,4 +29,17 @@ def grid_many(photos: Sequence[Path | str], output: Path | str | None = None) ->
         raise InputError("several photos make several grids; leave out --output, or give one photo")
     if output is None and (stem := twice(Path(p).stem for p in photos)):
         raise InputError(f"two of the photos would be {stem}-grid.png; give one of them by itself, with -o")
+    for photo in photos:
+        _check_free(_place(photo, output), photos)
     return [grid(photo, output) for photo in photos]
+
+
+def _place(photo: Path | str, output: Path | str | None) -> Path:
+    return Path(output) if output else Path(f"{Path(photo).stem}-grid.png")
+
+
+def _check_free(path: Path, photos: Sequence[Path | str]) -> None:
+    """Raises InputError if a grid would take the place of a photo."""
+    for photo in map(Path, photos):
+        if path.exists() and photo.exists() and path.samefile(photo):
+            raise InputError(f"a grid would take the place of {photo} itself; name another file with --output")

@@ -25,6 +25,8 @@ from p3s_cli.stages.clicks import PhotoClicks, read_clicks, twice
 from p3s_cli.stages.progress import Progress, silent
 from p3s_cli.subject import Subject, digest
 
+_UNNAMED = "?"  # the class word of a subject that has none yet; no word that could be given
+
 
 @dataclass(frozen=True)
 class MaskResult:
@@ -80,7 +82,7 @@ def mask(
     report = on_progress or silent
     photo, root = Path(photo), Path(output) if output else Path(Path(photo).stem)
     mask_config = config or settings.preset(preset)[0]
-    text.check_text("class word", class_word or "")
+    class_word = text.class_word(class_word) if class_word is not None else None
     picture = images.load_image(photo)
     clicks = work.Clicks.read(positive, negative, box, *picture.size)
     with writing(root, "p3s mask"), exact(deterministic):
@@ -90,8 +92,10 @@ def mask(
         vision = located(vision)
         tower = family.mask_tower(vision)
         if subject is None:
-            manifest = Manifest(class_word="?", identifier=family.profile.identifier, model=family.source)
+            manifest = Manifest(class_word=_UNNAMED, identifier=family.profile.identifier, model=family.source)
             subject = Subject(root, manifest)
+        if model:
+            subject.manifest.model = family.source  # where it lies now
         reference = _reference_for(subject, photo, picture, clicks)
         options = settings.as_settings(mask_config) | {
             "preset": preset,
@@ -127,15 +131,19 @@ def mask(
 
 
 def _base(subject: Subject | None, model: str | None) -> str:
-    """The base that is asked for, or the subject's own. Raises InputError if these are two."""
+    """The base that is asked for, or the subject's own. Raises InputError if these are two, or it is gone and none is asked for."""
     if subject is None:
         return model or "sd15"
-    if model is not None and located(model) != subject.manifest.model:
+    own = subject.manifest.model
+    gone = Path(own).is_absolute() and not Path(own).exists()
+    if gone and model is None:
+        raise InputError(f"{subject.root} is made on {own}, which is not there any more; name its place with --model")
+    if not gone and model is not None and located(model) != own:
         raise InputError(
-            f"{subject.root} is made on {subject.manifest.model}, and so is every reference of it; leave out --model, or "
-            "make another subject with -o"
+            f"{subject.root} is made on {own}, and so is every reference of it; leave out --model, or make another "
+            "subject with -o"
         )
-    return subject.manifest.model
+    return model or own
 
 
 def _stage(subject: Subject, reference: Reference, options: dict, seed: int, filling: Family | None) -> Stage:
@@ -149,7 +157,7 @@ def _rename(subject: Subject, class_word: str) -> list[str]:
     """Set the class word. Returns a sentence if it was another one."""
     before, tuned = subject.manifest.class_word, subject.manifest.finetune
     subject.manifest.class_word, subject.manifest.class_score = class_word, None
-    if before in ("?", class_word):
+    if before in (_UNNAMED, class_word):
         return []
     return [f"the class word was {before} and is {class_word} now" + ("; tune the subject again" if tuned else "")]
 
@@ -189,7 +197,7 @@ def _reference_for(subject: Subject, photo: Path, picture: Image.Image, clicks: 
 
 def _guess(subject: Subject, family: Family, picture: Image.Image, made: work.Masked) -> None:
     """CLIP's guess of the class word, for a subject that has none yet."""
-    if subject.manifest.class_word == "?":
+    if subject.manifest.class_word == _UNNAMED:
         guess, score = work.guess_class(family, picture, made.selection.subject)
         subject.manifest.class_word, subject.manifest.class_score = guess, score
 
@@ -252,7 +260,7 @@ def mask_many(
             if family is None and base not in loaded:
                 loaded[base] = load(base, **names)
             given = {"positive": click.positive, "negative": click.negative, "box": click.box}
-            given |= {"class_word": word or click.class_word, "family": family or loaded[base]}
+            given |= {"class_word": word or click.class_word, "model": model, "family": family or loaded[base]}
             results.append(mask(photo, output=root, on_progress=on_progress, **given, **options))
     return results
 

@@ -64,6 +64,8 @@ def export_subject(
     InputError before the subject is tuned, with another base than it was tuned on, and for a file that is something else.
     """
     report, subject = on_progress or silent, Subject.open(Path(subject_dir))
+    if rank < 1:
+        raise InputError(f"a difference of rank {rank} holds nothing; give at least --rank 1")
     file = Path(output) if output else Path(f"{subject.root.resolve().name}.p3s.safetensors")
     _check_free(file, subject.root)
     with reading(subject.root, what="p3s export"):
@@ -147,8 +149,9 @@ def import_subject(
     report, file = on_progress or silent, Path(file)
     described = read_description(file)
     root = Path(output) if output else Path(file.name.removesuffix(".safetensors").removesuffix(".p3s"))
-    if root.exists() and not unfinished(root):
-        raise InputError(f"{root} exists already; name another directory with --output")
+    left = root.exists()  # by an import that was killed
+    if left and not unfinished(root):
+        raise _taken(root)
     report("loading the models", 0, 1)
     family = family or _base(file, described, model, vision, device)
     theirs, ours = described.finetune["base_fingerprint"], family.fingerprint
@@ -163,18 +166,25 @@ def import_subject(
     control = _joined(described, parts, shapes, family) if described.rank else {n: parts[n] for n in shapes}
     manifest = Manifest(class_word=described.class_word, identifier=described.identifier, model=family.source)
     subject = Subject(root, manifest)
-    with writing(root, "p3s import"), subject.changing() as folder:
-        for i, kept in enumerate(described.references):
-            manifest.references.append(_reference(file, subject, folder, parts, i, kept))
-        save_tensors(folder / CONTROL, control, tuned)
-        manifest.finetune = Stage(
-            inputs=subject.finetune_inputs(ours),
-            settings=tuned,
-            seed=described.seed,
-            artifacts=hashes(folder, CONTROL),
-            result=described.result | {"imported_rank": described.rank},
-        )
+    with writing(root, "p3s import"):
+        if Subject.exists(root) and not left:  # made by another process while this one was reading
+            raise _taken(root)
+        with subject.changing() as folder:
+            for i, kept in enumerate(described.references):
+                manifest.references.append(_reference(file, subject, folder, parts, i, kept))
+            save_tensors(folder / CONTROL, control, tuned)
+            manifest.finetune = Stage(
+                inputs=subject.finetune_inputs(ours),
+                settings=tuned,
+                seed=described.seed,
+                artifacts=hashes(folder, CONTROL),
+                result=described.result | {"imported_rank": described.rank},
+            )
     return ImportResult(root, manifest.class_word, tuned["base"])
+
+
+def _taken(root: Path) -> InputError:
+    return InputError(f"{root} exists already; name another directory with --output")
 
 
 def _base(file: Path, described: Exported, model: str | None, vision: str | None, device: str) -> Family:

@@ -84,6 +84,8 @@ def finetune(
     report, teacher = on_progress or silent, methods.get(method)
     if lr is not None and not 0 <= lr < math.inf:
         raise InputError(f"{lr} is no learning rate; give --lr as a number that is 0 or more, such as 1e-4")
+    if steps is not None and steps < 1:
+        raise InputError(f"{steps} steps teach nothing; give at least one (--steps 1)")
     _check_heeded(teacher, preset != "default" or control is not None, memory != "auto", vision != "clip", compiled)
     subject = Subject.open(Path(subject_dir))
     subject.check_masks()

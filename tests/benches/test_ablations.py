@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from p3s_cli import stages
+from p3s_cli.atomic import sha256
 from p3s_cli.benches import world as bench
+from p3s_cli.benches.cases import Case
 from p3s_cli.benches.entries import Entry, ablations
 from p3s_cli.config import ControlConfig, FinetuneConfig, GenerateConfig, WeightSchedule
 from p3s_cli.errors import InputError
 from p3s_cli.evals.metrics import intersection_over_union
+from p3s_cli.evals.truth import Truth
 from p3s_cli.methods.base import Learnt, Lesson, SubjectPart
 from p3s_cli.methods.p3s import P3S
 from p3s_cli.methods.photos import mask_tensors, read_originals, read_photos
@@ -66,6 +69,17 @@ def test_a_case_whose_photo_is_drawn_otherwise_by_now_is_refused(case, tmp_path,
     assert len(Subject.open(folder / "00-dog").manifest.references) == 1
     shutil.rmtree(folder / "00-dog")
     assert len(bench.cases(folder, tiny_family, [0], quick=True)) == 1
+
+
+def test_true_pictures_of_a_quick_and_a_full_run_lie_beside_each_other(tmp_path):
+    """The second prompt of the one is the fourth of the other; a row's picture has the row's sha256 for good."""
+    asked, truth = bench.prompts("dog"), Truth("00-dog", ())
+    cases = [Case(tmp_path, chosen, truth) for chosen in (asked[::3], asked, asked[::3])]
+    quick, full, again = (bench.calibration(case, 0, 0, tmp_path) for case in cases)
+    drawn = [result for lines in (quick, full) for results in lines.values() for result in results]
+    assert [r.prompt for r in drawn[:2]] == ["a dog on the beach", "a dog on a wooden floor"]
+    assert all(sha256(r.path) == r.sha256 for r in drawn)
+    assert again == quick and {r.path for r in drawn} == set(tmp_path.rglob("*.png"))
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,21 @@
 """The DreamBench folder, as published and as a twin of it."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
-from PIL import Image
+import tiny
+from PIL import Image, ImageOps
 from typer.testing import CliRunner
 
 from p3s_cli.benches import shards
-from p3s_cli.benches.evaluate import self_check
+from p3s_cli.benches.evaluate import _sitting, self_check
 from p3s_cli.cli import app
 from p3s_cli.errors import InputError
 from p3s_cli.evals import dreambench
+from p3s_cli.sd import images
+from p3s_cli.stages import PhotoClicks
+from p3s_cli.subject import Subject
 
 INDEX = """Classes
 
@@ -84,6 +91,49 @@ def test_one_photo_has_no_other_to_be_checked_against(folder, tmp_path):
     (folder / "old_dog/01.jpg").unlink()
     with pytest.raises(InputError, match=r"00\.jpg is the one photo of old_dog, with no other to compare it with"):
         self_check(folder, tmp_path / "work")
+
+
+@pytest.fixture
+def sat(tmp_path, tiny_family):
+    """A sitter, and what makes a case of it in a folder of work: its first photo is masked by a click on it."""
+    photos = tuple(tiny.photo(tmp_path / f"dog/{name}") for name in ("00.png", "01.png"))
+
+    def sit(sitter):
+        return _sitting(tmp_path / "cases", sitter, PhotoClicks(positive=["0.3,0.5"]), tiny_family)
+
+    return dreambench.Sitter("dog", "dog", photos, ("a [V] dog",)), sit
+
+
+def references(case):
+    return Subject.open(case.subject).manifest.references
+
+
+@pytest.mark.parametrize("how", ["encoded anew", "resized", "sorted before"])
+def test_a_folder_of_work_is_of_one_first_photo(sat, tmp_path, how):
+    """The reference is the first photo and it alone: with a second one, methods would train on what P3S is not shown."""
+    sitter, sit = sat
+    assert len(references(sit(sitter))) == len(references(sit(sitter))) == 1
+    first = tmp_path / "0.jpg"
+    with Image.open(sitter.photos[how == "sorted before"]) as photo:
+        (photo.resize((96, 96)) if how == "resized" else photo).save(first, quality=60)
+    other = replace(sitter, photos=(first, *sitter.photos[how != "sorted before" :]))
+    with pytest.raises(InputError, match=r"cases/dog has another photo than .*0\.jpg; remove that directory"):
+        sit(other)
+    assert len(references(sit(sitter))) == 1
+    shutil.rmtree(tmp_path / "cases/dog")
+    (reference,) = references(sit(other))
+    assert reference.photo_sha256 == images.pixel_hash(images.load_image(first))
+
+
+def test_a_first_photo_masked_before_its_colour_profile_was_heeded_is_the_same_photo(sat, monkeypatch):
+    """`mask` takes it up as the reference that it was, so there is no second one to refuse."""
+    sitter, sit = sat
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "_managed", lambda image: image)
+        former = references(sit(sitter))[0].photo_sha256
+    monkeypatch.setattr(images, "_managed", lambda image: ImageOps.invert(image.convert("RGB")))
+    (reference,) = references(sit(sitter))
+    assert reference.photo_sha256 != former
 
 
 def test_what_is_no_dreambench_is_refused(folder, tmp_path_factory):

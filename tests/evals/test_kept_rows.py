@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import lzma
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,21 @@ def test_rows_of_one_name_that_were_drawn_by_two_settings_are_refused(tmp_path):
 def test_names_in_rows_are_the_entries_that_drew_them():
     found = rows.entries(["true pictures", "p3s", "lora, equal time x0.7", "nobody"])
     assert [(e.method, e.budget, e.strength) for e in found] == [("p3s", "published", 1.0), ("lora", "equal", 0.7)]
+
+
+def test_seconds_of_an_image_are_those_of_the_pace_that_is_named(tmp_path, monkeypatch):
+    """A run files them under the tuning and a digest of what it told `generate` of the pace: `fast`, or twenty steps."""
+    paces = {"": 4.0, "-0d03a1d1": 2.0, "-d557b0bc": 1.0}
+    seconds = {f"image/p3s-54247c7f{pace}": {"00-dog: a dog": taken} for pace, taken in paces.items()}
+    (tmp_path / "measured.json").write_text(json.dumps(seconds))
+    Rows(tmp_path / "scores.jsonl").add([made(tmp_path, "00-dog", 0.5)])
+    told = []
+    for options in ((), ("--fast",), ("--quick",), ("--fast", "--quick")):
+        given = [tmp_path / "scores.jsonl", "--measured", tmp_path / "measured.json", "--json", tmp_path / "told.json"]
+        monkeypatch.setattr(sys, "argv", ["rows.py", *map(str, given), *options])
+        rows.main()
+        told.append(json.loads((tmp_path / "told.json").read_text())["methods"]["p3s"]["seconds_per_image"])
+    assert told == [4.0, 2.0, 1.0, None]
 
 
 @pytest.mark.parametrize("bench", ["bench-world", "bench-world-former"])

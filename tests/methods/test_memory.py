@@ -47,6 +47,14 @@ def test_a_card_gets_the_profile_named_after_it(monkeypatch, gigabytes, expected
     assert memory.choose("auto", profile.find("sd15"), "cuda", torch.bfloat16)[0] == expected
 
 
+@pytest.mark.parametrize(("gigabytes", "name", "fits"), [(25.3, "sd15", False), (42, "sd15", True), (4, "world", True)])
+def test_a_recorded_step_needs_the_room_it_was_measured_to_take(monkeypatch, gigabytes, name, fits):
+    """32.4 GB of SD v1-5's, so that a card of 24 GB is not asked for it and one of 40 GB is."""
+    monkeypatch.setattr(memory, "device_memory", lambda device: int(gigabytes * 1e9))
+    given = profile.find(name), MEMORY["24"], "cuda", torch.bfloat16
+    assert memory.room_to_record(*given, batch=1) == fits
+
+
 def test_a_small_family_gets_the_same_profile_on_every_machine(monkeypatch, world):
     for available in (3e9, 300e9, None):
         monkeypatch.setattr(memory, "device_memory", lambda device, a=available: a)

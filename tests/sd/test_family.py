@@ -1,6 +1,7 @@
 """Families by name, and what is said when one cannot be had."""
 
 import copy
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipe
 from safetensors.torch import load_file, save_file
 
 from p3s_cli.errors import InputError
-from p3s_cli.sd import text
+from p3s_cli.sd import controlnet, text
 from p3s_cli.sd.family import load
 from p3s_cli.sd.pipeline import pipeline
 from p3s_cli.sd.sample import build_scheduler, initial_noise, sample
@@ -29,6 +30,33 @@ def test_bad_names_get_one_sentence(name, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=words):
         load(name)
+
+
+def test_an_inpainter_is_a_folder_a_single_file_a_hub_id_or_the_classical_filler(tmp_path, monkeypatch):
+    """What `load` says it takes; any other name would only be missed once a look-alike is painted over, or never."""
+    monkeypatch.chdir(tmp_path)
+    Path("own").mkdir()
+    Path("own.safetensors").touch()
+    for name in ("own", "own.safetensors", "owner/name@v1", "classical", "."):
+        load("world", "cpu", inpainter=name)
+    for name in ("nowhere", "world", "sd15", "./gone", "~/gone", "a/b/c"):
+        with pytest.raises(InputError, match=f"no inpainter is called '{name}'; name a folder"):
+            load("world", "cpu", inpainter=name)
+    with pytest.raises(InputError, match="gone.safetensors does not exist"):
+        load("world", "cpu", inpainter="gone.safetensors")
+
+
+def test_the_command_in_a_sentence_is_one_that_a_shell_reads_whatever_the_path(tiny_folder, tmp_path):
+    base, clip = (str(shutil.copytree(tiny_folder, tmp_path / name)) for name in ("my base", "it's"))
+    assert shlex.split(load(base, "cpu", vision=clip).fetch) == ["p3s", "fetch", base, "--vision", clip]
+    for option, needed in (
+        ("--vision", lambda: load(base, "cpu").mask_tower("not/here")),
+        ("--inpainter", lambda: load(base, "cpu", inpainter="not/here").inpaint_unet),
+        ("--control", lambda: controlnet.load_net(load(base, "cpu"), "not/here")),
+    ):
+        with pytest.raises(InputError) as raised:
+            needed()
+        assert shlex.split(str(raised.value).split("`")[1]) == ["p3s", "fetch", base, option, "not/here"]
 
 
 def test_without_network_and_cache_the_missing_files_and_the_way_out_are_named(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """Sources, pinned revisions, the cache, and a fetch from a hub that runs in this test."""
 
 import errno
+import fnmatch
 import hashlib
 import http.server
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -175,6 +177,51 @@ def test_fetch_checks_what_is_there_and_names_the_damaged_file(cache):
         setup.fetch(f"tiny/world@{COMMIT}")
 
 
+def unreadable(unet):
+    return [unet / "diffusion_pytorch_model.safetensors.index.json"], "{"
+
+
+def of_other_tensors(unet):
+    (index,), _ = unreadable(unet)
+    return [index], index.read_text().replace("conv_in.weight", "conv_in.wait")
+
+
+def half_gone(unet):
+    gone, damaged = sorted(unet.glob("*-of-00002.safetensors"))
+    gone.unlink()
+    return [damaged, unet / "config.json"], "?"
+
+
+@pytest.mark.parametrize("damage", [unreadable, of_other_tensors, half_gone])
+def test_whatever_of_a_part_is_damaged_comes_anew(cache, world, monkeypatch, damage):
+    """As the documentation says of every file. The hub's client leaves a file that is there as it is, so that a part whose
+    index is damaged stayed without a whole U-Net however often it was fetched."""
+    snapshot, blobs = cache / f"models--tiny--world/snapshots/{COMMIT}", cache / "models--tiny--world/blobs"
+    served = repository(Path(world.profile.base), "tiny/world")
+    files, text = damage(snapshot / "unet")
+    for file in files:
+        file.resolve().write_text(text)
+
+    def download(repo, revision, allow_patterns):
+        wanted = served if repo == "tiny/world" else {}
+        for path in (p for p in wanted if any(fnmatch.fnmatch(p, pattern) for pattern in allow_patterns)):
+            link, blob = snapshot / path, blobs / blob_name(served[path])
+            if not link.exists():
+                link.unlink(missing_ok=True)
+                shutil.copyfile(served[path], blob)
+                link.symlink_to(blob)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(InputError, match="unet/.* is damaged and HF_HUB_OFFLINE is set"):
+        setup.fetch(f"tiny/world@{COMMIT}")
+    monkeypatch.setattr(fetching, "offline", lambda: False)
+    monkeypatch.setattr(fetching, "_reachable", lambda: True)
+    for state in ("repaired", "present"):
+        parts = {p.name: p for p in setup.fetch(f"tiny/world@{COMMIT}")}
+        assert (parts["unet"].state, parts["vae"].state) == (state, "present")
+    assert all((snapshot / path).read_bytes() == file.read_bytes() for path, file in served.items())
+
+
 def test_an_interruption_while_a_model_is_read_is_no_damaged_model(tmp_path):
     """A library in another language says what it likes of an exception that a signal raises inside it."""
 
@@ -222,7 +269,7 @@ def test_doctor_names_a_configuration_that_is_none(cache, world, tmp_path):
 
 def test_a_missing_shard_makes_a_part_missing(cache):
     part = profile.find(f"tiny/world@{COMMIT}").part("unet")
-    assert len(hub.files(hub.folder(part), part)) == 3  # configuration and two shards
+    assert len(hub.files(hub.folder(part), part)) == 4  # configuration, two shards and their index
     next(cache.glob(f"models--tiny--world/snapshots/{COMMIT}/unet/*-00002-of-*")).unlink()
     assert hub.folder(part) is None
 
@@ -287,8 +334,9 @@ def test_fetch_brings_a_whole_family_from_a_hub_and_repairs_what_is_damaged(weig
         f"name = 'tiny/world@{COMMIT}'\n"
         f"net = 'tiny/control@{COMMIT}'; named = {{'control': [net]}}\n"
         "first = [p.state for p in setup.fetch(name, **named)]\n"
-        "part = profile.find(name).part('vae'); file = hub.weight_files(hub.folder(part), part)[0].resolve()\n"
-        "file.chmod(0o644); file.write_bytes(b'?')\n"
+        "unet, vae = (hub.folder(profile.find(name).part(n)) for n in ('unet', 'vae'))\n"
+        "for file in (*unet.glob('*.index.json'), *vae.glob('*.safetensors')):\n"
+        "    file.resolve().chmod(0o644); file.resolve().write_bytes(b'?')\n"
         "second, third = setup.fetch(name, **named), setup.doctor(name, **named).parts\n"
         "print(json.dumps([first, [p.state for p in second], [p.state for p in third]]))\n"
         "from p3s_cli.sd import controlnet; from diffusers import ControlNetModel\n"
@@ -302,7 +350,7 @@ def test_fetch_brings_a_whole_family_from_a_hub_and_repairs_what_is_damaged(weig
     assert out.returncode == 0, out.stderr
     first, second, third = json.loads(out.stdout)
     assert set(first) == {"fetched"} and sorted(set(second)) == ["present", "repaired"] and set(third) == {"present"}
-    assert second.count("repaired") == 1
+    assert second.count("repaired") == 2
 
 
 def test_what_a_stage_names_is_looked_for_and_the_command_that_brings_it_is_named(monkeypatch, tmp_path):
@@ -316,6 +364,20 @@ def test_what_a_stage_names_is_looked_for_and_the_command_that_brings_it_is_name
         setup.fetch("sd15", control=["fog"])
     with pytest.raises(InputError, match="control_v11p_sd15_canny is not on .* with `p3s fetch world --control canny`"):
         controlnet.load_guide(load("world", "cpu"), "canny", Image.new("RGB", (8, 8)), 1.0, (64, 64))
+
+
+def test_doctor_finds_what_the_stages_find_and_its_command_can_be_typed(tiny_folder, tmp_path, monkeypatch):
+    """Of `--vision=~/clip` no shell makes a path; and a path may have a space."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = shutil.copytree(tiny_folder, tmp_path / "my base")
+    named = {"vision": "~/my base/clip", "inpainter": "~/my base"}
+    report = setup.doctor("~/my base", "cpu", control=["not/here"], **named)
+    sources = {p.name: p.source for p in report.parts}
+    assert sources["clip"] == str(base / "clip") and sources["inpainter"] == str(base / "unet")
+    assert setup.Wanted.named("~/my base", **named, control=None).profile == load("~/my base", "cpu", **named).profile
+    command = report.advice[0].split(": ", 1)[1].split("   (")[0]
+    options = ["--vision", str(base / "clip"), "--inpainter", str(base), "--control", "not/here"]
+    assert shlex.split(command) == ["p3s", "fetch", str(base), *options]
 
 
 def test_doctor_sees_a_single_file_and_a_card_that_torch_cannot_use(monkeypatch, tmp_path):
