@@ -3,7 +3,12 @@
 A fast card is done with a kernel sooner than Python can launch the next one, and every step launches the same ones with
 the same shapes. What a graph reads lies at fixed addresses, so it is copied there before each replay; nothing in it
 may wait for the card or depend on a number read from it. A recording counts once its replays have given what the work itself
-gives; where one does not, or a card will not have it, all goes on without, and the log says so.
+gives; where one does not, or a card will not have it, all goes on without, and the log says so:
+
+    none -> proving    `record`, at the first call with these shapes (`captured.Graphed`) or the second (`CapturedLoss`)
+    proving -> counts  `Recording.proved` on `PROOFS` inputs; until then the work's own results are given out
+    any -> refused     a RuntimeError: the card's own, `Untrue` from a proof, or from `CapturedLoss` and `methods.ground` of a
+                       later replay that is not finite where its work is; for good, and told once (`told`)
 """
 
 from __future__ import annotations
