@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from statistics import median
 
 import torch
 from gpu_report import Dropped
-from speed import in_turn, over_rounds, parts, wait
+from speed import in_turn, parts, wait
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,19 +22,17 @@ from p3s_cli.subject import Subject
 
 @dataclass
 class Run:
-    """One run of `P3S.fit`: when it began, when each step had ended, each step's loss, what was learnt, in how many rounds."""
+    """One run of `P3S.fit`: when it began, when each step had ended, each step's loss, what was learnt."""
 
     started: float
     clock: list[float]
     losses: list[float]
     tensors: dict[str, torch.Tensor]
-    rounds: int
 
     @property
     def step(self) -> float:
-        """Seconds, but for the first steps, in which libraries warm up and graphs are recorded."""
-        draws = math.ceil(len(self.clock) / self.rounds)
-        return over_rounds([b - a for a, b in pairwise(self.clock)], draws, self.rounds, 3)
+        """Median seconds, but for the first steps, in which libraries warm up and graphs are recorded."""
+        return median(b - a for a, b in zip(self.clock[3:], self.clock[4:], strict=False))
 
 
 def tune(
@@ -49,7 +46,7 @@ def tune(
     """`more` is `batch`, and settings of the control; `at` hears of each step that is done."""
     batch = more.pop("batch", None)
     config = FinetuneConfig(ControlConfig(**more), steps=steps, batch=batch, captured=captured)
-    run, means = Run(time.perf_counter(), [], [], {}, config.control.rounds), []
+    run, means = Run(time.perf_counter(), [], [], {}), []
 
     def heard(step: int, total: int, numbers: dict[str, float]) -> None:
         run.clock.append(time.perf_counter())
@@ -66,11 +63,9 @@ def tune(
 def flop(family: Family, subject: Subject) -> dict[str, float]:
     """TFLOP (2 x multiply-add) of a training step, the kept ground included, attention spelt out for the counter."""
     seen: list[int] = []
-    rounds = ControlConfig().rounds
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        tune(family, subject, 2 * rounds, False, lambda step: seen.append(counter.get_total_flops()))
-    step = over_rounds([b - a for a, b in pairwise(seen)], 2, rounds, 0)
-    return {"TFLOP of a training step": step / 1e12}
+        tune(family, subject, 2, False, lambda step: seen.append(counter.get_total_flops()))
+    return {"TFLOP of a training step": (seen[1] - seen[0]) / 1e12}
 
 
 class Training:
@@ -157,7 +152,7 @@ class Training:
             wait(self.family.device)
             marks.get(step, lambda: None)()
 
-        tune(self.family, self.subject, 12, True, at, rounds=1)  # with the frozen U-Net's own pass
+        tune(self.family, self.subject, 12, True, at)
         rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
         for row in rows[:25]:
             print(f"    {row.self_device_time_total / 1e3:8.3f} ms  {row.count:5d} x {row.key[:110]}", flush=True)

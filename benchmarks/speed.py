@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -123,36 +122,26 @@ def parts(family: Family, batch: int) -> dict[str, Callable[[], object]]:
 def training_step(
     family: Family, subject: Subject, steps: int, batch: int | None = None, compiled: bool = False, **control: float
 ) -> float:
-    """Seconds of a step of `P3S.fit`: the mean over rounds of their medians; the first two steps are not counted."""
+    """Median seconds of a step of `P3S.fit`, after two that are not counted."""
     clock: list[float] = []
-    settings, draws = ControlConfig(**control), steps + 3
-    config = FinetuneConfig(settings, steps=settings.rounds * draws, batch=batch, compiled=compiled)
+    config = FinetuneConfig(ControlConfig(**control), steps=steps + 3, batch=batch, compiled=compiled)
     heard = lambda *_: (wait(family.device), clock.append(time.perf_counter()))  # noqa: E731
     P3S().fit(Lesson(family, subject, config, heard))
-    return over_rounds([b - a for a, b in pairwise(clock)], draws, settings.rounds)
-
-
-def over_rounds(taken: list[float], draws: int, rounds: int, skipped: int = 2) -> float:
-    """A step's seconds, where those of the first round, in which the frozen U-Net is asked, take longer than all others'.
-
-    `taken` is of the steps behind the first; so many more are not counted.
-    """
-    first, later = median(taken[skipped : draws - 1]), taken[draws - 1 :]
-    return (first + (rounds - 1) * median(later)) / rounds if later else first
+    return median(b - a for a, b in zip(clock[2:], clock[3:], strict=False))
 
 
 def training_floor(family: Family, subject: Subject) -> float:
     """Seconds that a training step's FLOP (2 x multiply-add) take at the rate of one large matrix product."""
-    counted, rounds = [], ControlConfig().rounds
-    for draws in (1, 2):
+    counted = []
+    for steps in (1, 2):
         # attention spelt out, for not every fused kernel has a formula
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            P3S().fit(Lesson(family, subject, FinetuneConfig(steps=rounds * draws)))
+            P3S().fit(Lesson(family, subject, FinetuneConfig(steps=steps)))
         counted.append(counter.get_total_flops())
     n = 8192 if family.device.startswith("cuda") else 1024
     a, b = torch.randn(2, n, n, device=family.device).to(family.dtype)
     rate = 2 * n**3 / in_turn({"product": lambda: a @ b}, 9, family.device)["product"]
-    return (counted[1] - counted[0]) / rounds / rate
+    return (counted[1] - counted[0]) / rate
 
 
 def sampling_step(family: Family, root: Path, **options: object) -> float:

@@ -66,7 +66,6 @@ class ControlConfig:
     timesteps: Timesteps = "cubic"  # cubic: more of the noisy steps, where shape and colour are decided
     astray: float = 0.7  # how far states are led from the photo while training, to be mended; the paper has none
     astray_share: float = 0.7  # of the states
-    rounds: int = 1  # through what is drawn; what the frozen U-Net itself predicts is asked in the first alone
     average: float = 0.98  # decay of the running average of the weights that is kept; 0 keeps the last ones
     drop_text: float = 0.3  # 0.1 in Sec. IV-A; text and injection are dropped independently
     drop_injection: float = 0.1
@@ -175,7 +174,6 @@ PAPER_CONTROL = ControlConfig(
     learned_word=False,
     timesteps="uniform",
     astray=0.0,
-    rounds=1,
     average=0.0,
     augment="none",
     reference_view="photo",
@@ -213,7 +211,6 @@ _UNSAID = {
     "decay": "constant",
     "timesteps": "uniform",
     "astray": 0.0,
-    "rounds": 1,
     "average": 0.0,
     "reference_view": "photo",
     "preserve": 0.0,

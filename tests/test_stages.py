@@ -236,7 +236,7 @@ def test_a_control_of_before_a_setting_came_is_still_as_printed(masked, photo, p
     """Its record leaves unsaid what could not be set then, and what the paper's preset sets to just that."""
     stages.finetune(masked.subject, steps=1, preset="paper", family=world)
     subject = Subject.open(masked.subject)
-    for setting in ("rounds", "astray", "learned_word"):
+    for setting in ("decay", "astray", "learned_word"):
         del subject.manifest.finetune.settings["config"]["control"][setting]
         assert subject.as_printed
     subject.manifest.finetune.settings["config"]["control"]["gamma"] = 0.5

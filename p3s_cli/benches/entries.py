@@ -119,7 +119,6 @@ _ABLATIONS: tuple[Entry, ...] = (
     _control("falling rate", decay="cosine"),
     _control("uniform timesteps", timesteps="uniform"),
     _control("no state led astray", astray=0.0),
-    _control("every draw twice", rounds=2),
     _control("the last weights", average=0.0),
     _control("close view", reference_view="close"),
     _control("whole photo", reference_view="photo"),

@@ -243,9 +243,7 @@ def _copy_control(source: Path, target: Path, method: str, family: Family) -> bo
 
 
 class _Watch:
-    """Times one tuning by its progress. One that goes on from a checkpoint counts as if the steps before it had taken as
-    long as those seen: a tenth too long at most for P3S, which must ask its frozen U-Net anew (`ControlConfig.rounds`).
-    """
+    """Times one tuning by its progress. One that goes on from a checkpoint counts as if all its steps had been seen."""
 
     def __init__(self):
         self._started, self._first = time.monotonic(), None

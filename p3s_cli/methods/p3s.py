@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from p3s_cli.methods.binding import Bound, captures
 from p3s_cli.methods.conditioning import ReferenceBank
 from p3s_cli.methods.denoising import add_noise, alphas_cumprod, astray
 from p3s_cli.methods.forward import Forward, forward
-from p3s_cli.methods.ground import KeptGround
 from p3s_cli.methods.memory import room_to_record
 from p3s_cli.methods.photos import read_photos
 from p3s_cli.paper.injection import attention_seam
@@ -64,22 +62,14 @@ class P3S:
                 ("word", config.control.word_lr_scale),
             ),
             optimizer=config.memory.optimizer,
-            draws=math.ceil(config.steps / config.control.rounds),
         )
         torch.manual_seed(config.seed)
         control = P3SControl(family.unet, family.vision.width, config.control)
         control.to(family.device, torch.bfloat16 if config.memory.masters == "bfloat16" else torch.float32)
         bank = ReferenceBank.build(family, read_photos(subject), config.control, config.seed)
-        captured = _captured(family, control, config)
-        # the frozen U-Net's own pass comes once a draw
-        alone = forward(config.compiled, captured and possible(family.device, recipe.draws or 0)).frozen
-        ground = KeptGround(family.unet, alone, config.control.rounds > 1) if config.control.preserve else None
-        passes = forward(config.compiled)
-        loss: Loss = _Loss(family, subject, control, bank, config.control, config.batch, passes, ground)
-        if captured:
-            loss = CapturedLoss(loss, control, family.dtype)
+        loss = _Loss(family, subject, control, bank, config.control, config.batch, forward(config.compiled))
         with connected(family.unet, control), _saving(family, control, config.memory):
-            trained = lesson.train(dict(control.named_parameters()), loss, recipe)
+            trained = lesson.train(dict(control.named_parameters()), _captured(loss, family, control, config), recipe)
         return {name: tensor.float() for name, tensor in trained.items()}
 
     def bind(self, family: Family, learnt: Learnt, sampling: GenerateConfig) -> AbstractContextManager[Generator]:
@@ -136,16 +126,17 @@ def _saving(family: Family, control: P3SControl, memory: MemoryProfile) -> Itera
             unet.disable_gradient_checkpointing()
 
 
-def _captured(family: Family, control: P3SControl, config: FinetuneConfig) -> bool:
-    """Whether the loss is to be a CUDA graph: that is asked for, pays, and fits, the memory profile asking for no economy.
+def _captured(loss: _Loss, family: Family, control: P3SControl, config: FinetuneConfig) -> Loss:
+    """The loss as one CUDA graph where that is asked for, pays, and fits, the memory profile asking for no economy.
 
     Not in float16, whose loss is scaled anew between steps, nor beside what a compiler or checkpointing does to the passes.
     """
     precise = family.dtype != torch.float16 and next(control.parameters()).dtype == torch.float32
     plain = precise and config.memory == MEMORY["24"] and not config.compiled
     if not (config.captured and plain and possible(family.device, config.steps or 0)):
-        return False
-    return room_to_record(family.profile, config.memory, family.device, family.dtype, config.batch or 1)
+        return loss
+    room = room_to_record(family.profile, config.memory, family.device, family.dtype, config.batch or 1)
+    return CapturedLoss(loss, control, family.dtype) if room else loss
 
 
 @dataclass(frozen=True)
@@ -161,7 +152,6 @@ class _Drawn:
     text: Tensor  # (B, 77, D)
     where: Tensor  # (B, 77) bool
     active: Tensor  # (B,) bool
-    untouched: Tensor | None  # (B, 4, h, w), what the frozen U-Net itself predicts; None where that is not kept
 
 
 class _Loss:
@@ -176,10 +166,9 @@ class _Loss:
         config: ControlConfig,
         batch: int,
         forward: Forward,
-        ground: KeptGround | None,
     ):
         self.unet, self.control, self.bank, self.config, self.batch = family.unet, control, bank, config, batch
-        self.forward, self.ground = forward, ground
+        self.forward = forward
         self.device, self.dtype = family.device, family.dtype
         # in the frozen part's precision; beside one in float32 in that of the masters, which may be bfloat16
         self.autocast = self.dtype if self.dtype != torch.float32 else next(control.parameters()).dtype
@@ -190,11 +179,11 @@ class _Loss:
         self.text = text.encode(family.tokenizer, family.text_encoder, filled)
         self.where = text.positions(family.tokenizer, prompts, [identifier], 0).to(family.device)
 
-    def __call__(self, draw: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.judge(self.draw(draw, generator))
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.judge(self.draw(step, generator))
 
-    def draw(self, draw: int, generator: torch.Generator) -> _Drawn:
-        """All that is random in a step, and what the frozen U-Net makes of it."""
+    def draw(self, step: int, generator: torch.Generator) -> _Drawn:
+        """All that is random in a step."""
         config, n = self.config, self.batch
         x0, inside, seen = self.bank.draw(n, config, generator)
         x_t, t, noise = add_noise(x0, self.alphas_cumprod, generator, config.timesteps)
@@ -205,9 +194,8 @@ class _Loss:
         no_text = torch.rand(n, generator=generator) < config.drop_text
         active = sent(torch.rand(n, generator=generator) >= config.drop_injection, self.device)
         chosen = sent(torch.where(no_text, len(self.text) - 1, template), self.device)
-        x_t, states = x_t.to(self.dtype), self.text[chosen]
-        untouched = self.ground(draw, x_t, t, states) if self.ground else None
-        return _Drawn(x_t, t, noise, inside, seen.latent, seen.vision, states, self.where[chosen], active, untouched)
+        condition = seen.latent, seen.vision, self.text[chosen], self.where[chosen]
+        return _Drawn(x_t.to(self.dtype), t, noise, inside, *condition, active)
 
     def judge(self, drawn: _Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the control itself, whose masters autocast casts where the frozen part is in half precision."""
@@ -216,6 +204,10 @@ class _Loss:
     def compute(self, drawn: _Drawn, control: P3SControl, cast: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """All that follows from what was drawn, for a control in the frozen part's precision or, with `cast`, in another."""
         config, x_t, t = self.config, drawn.x_t, drawn.t
+        untouched = None
+        if config.preserve:
+            with torch.no_grad():
+                untouched = self.forward.frozen(self.unet, x_t, t, drawn.text)
         states = control.say(drawn.text, drawn.where)
         weight = torch.ones(self.batch, device=self.device) if control.weighting is None else control.weighting(t)
         maps = config.attention_loss != "off"
@@ -227,8 +219,8 @@ class _Loss:
             predicted = self.forward.frozen(self.unet, x_t, t, states, injection)
         inside, ground = drawn.inside, config.background_weight
         denoising = denoising_loss(predicted, drawn.noise, ground + (1 - ground) * inside)
-        if drawn.untouched is not None:
-            denoising = denoising + config.preserve * denoising_loss(predicted, drawn.untouched, 1 - inside)
+        if untouched is not None:
+            denoising = denoising + config.preserve * denoising_loss(predicted, untouched, 1 - inside)
         value, consistency = total_loss(
             denoising, copy_maps, injection.maps, config.gamma, config.attention_loss, config.attention_gradient
         )

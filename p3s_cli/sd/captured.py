@@ -54,8 +54,7 @@ class Graphed:
 
 
 class Stepwise(Protocol):
-    """A loss in two halves: `draw`, all that is random and what is kept of it, a dataclass of tensors on the device; and
-    `compute`, all else.
+    """A loss in two halves: `draw`, all that is random, a dataclass of tensors on the device; and `compute`, all else.
 
     `compute` (drawn, model) gives the value and named numbers, 0-d tensors. `judge` (drawn) is the same as a loss of
     `sd.train` gives it, in its own precision.

@@ -7,8 +7,8 @@ gives; where one does not, or a card will not have it, all goes on without, and 
 
     none -> proving    `record`, at the first call with these shapes (`captured.Graphed`) or the second (`CapturedLoss`)
     proving -> counts  `Recording.proved` on `PROOFS` inputs; until then the work's own results are given out
-    any -> refused     a RuntimeError: the card's own, `Untrue` from a proof, or from `CapturedLoss` and `methods.ground` of a
-                       later replay that is not finite where its work is; for good, and told once (`told`)
+    any -> refused     a RuntimeError: the card's own, `Untrue` from a proof, or from `CapturedLoss` of a later replay that
+                       is not finite where its work is; for good, and told once (`told`)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The one training loop: the world's models and every method's control are trained by it.
 
-Everything random in a step comes from a generator seeded by (seed, draw), so a run that resumes
+Everything random in a step comes from a generator seeded by (seed, step), so a run that resumes
 from a checkpoint is the run that was never interrupted.
 """
 
@@ -38,7 +38,6 @@ class Computed(NamedTuple):
     record: Record | None = None
 
 
-# given the number of the draw, which is the step's own unless draws come again, and its generator
 Loss = Callable[[int, torch.Generator], Computed | tuple[Tensor, Mapping[str, float | Tensor]]]
 OnStep = Callable[[int, int, dict[str, float]], None]
 
@@ -47,8 +46,7 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 class Recipe:
     """How long and how fast to train.
 
-    `lr_scale` multiplies the rate of parameters whose name starts with a key. After `draws` steps what was drawn comes again,
-    in the same order; None: never. `half`: some of the forward pass is in
+    `lr_scale` multiplies the rate of parameters whose name starts with a key. `half`: some of the forward pass is in
     float16, whose small gradients would be lost; the loss is scaled for them, by half as much after each step that is not
     finite. (`torch.amp.GradScaler` would do it, but cannot unscale bfloat16's gradients on CUDA.)
     """
@@ -65,7 +63,6 @@ class Recipe:
     lr_scale: tuple[tuple[str, float], ...] = ()
     optimizer: Optimizer = "adamw"
     half: bool = False
-    draws: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,9 +82,9 @@ _SKIPPED_IN_A_ROW = 20  # non-finite steps before a run is given up
 _RECENT = 50  # steps over which reported numbers are averaged
 
 
-def step_generator(seed: int, draw: int) -> torch.Generator:
-    """The source of all randomness of one draw, on the CPU so that devices agree."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + draw) % (2**63))
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The source of all randomness of one step, on the CPU so that devices agree."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -131,8 +128,7 @@ def train(
     saved, end = time.monotonic(), min(recipe.steps, until if until is not None else recipe.steps)
     with signals.deferred() as asked_to_stop:
         while run.step < end and not asked_to_stop():
-            draw = run.step % (recipe.draws or recipe.steps)
-            run.apply(Computed(*loss(draw, step_generator(recipe.seed, draw))))
+            run.apply(Computed(*loss(run.step, step_generator(recipe.seed, run.step))))
             if run.in_a_row == _SKIPPED_IN_A_ROW:
                 raise P3SError(
                     f"training stopped at step {run.step}: loss or gradient was not finite {run.in_a_row} times in a row; lower the learning rate"

@@ -1,6 +1,5 @@
 """A run makes what is missing and nothing twice, and its numbers are the same however often it was interrupted."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -233,21 +232,6 @@ def test_a_tuning_whose_second_half_goes_on_counts_so_too(monkeypatch):
     for done in (4, 6, 7, 8):
         watch("tuning, loss 1", done, 8)
     assert watch.seconds() == pytest.approx(8.0)
-
-
-@pytest.mark.parametrize("seen_before", range(2, 20))
-def test_a_p3s_tuning_that_goes_on_counts_a_tenth_too_long_at_most(seen_before, monkeypatch):
-    """Twenty steps in two rounds of ten draws: 6 s where the frozen U-Net is asked, 5 s where its answer is kept.
-
-    The whole is 110 s. A process that goes on keeps no answer yet, so it asks at its first ten steps, whichever these are.
-    """
-    moments = itertools.accumulate([6.0] * 10 + [5.0] * 10, initial=0.0)
-    clock = list(moments)[: 21 - seen_before]
-    monkeypatch.setattr(running.time, "monotonic", iter([0.0, *clock, clock[-1]]).__next__)
-    watch = running._Watch()
-    for done in range(seen_before, 21):
-        watch("tuning, loss 1", done, 20)
-    assert 110.0 <= watch.seconds() <= 110.0 * 1.1
 
 
 def test_a_tuning_from_the_first_step_on_is_timed_as_it_was(monkeypatch):

@@ -81,23 +81,21 @@ def lesson(tmp_path_factory):
     folder = tmp_path_factory.mktemp("captured")
     family = load(str(tiny.build(folder / "family")), "cpu")
     made = stages.mask(tiny.photo(folder / "two.png"), ["18,32"], ["46,32"], folder / "it", "thing", family=family)
-    control = ControlConfig(learned_weight=True, rounds=1)
-    return Lesson(family, Subject.open(made.subject), FinetuneConfig(control, steps=3))
+    return Lesson(family, Subject.open(made.subject), FinetuneConfig(ControlConfig(learned_weight=True), steps=3))
 
 
 @pytest.fixture
 def recorded_by(monkeypatch):
-    """Let a way of recording stand in for CUDA's: in training, and for passes without gradients, if not by `passes`."""
+    """Let a way of recording stand in for CUDA's, in training and in sampling."""
 
-    def put(record, passes=None):
-        loss = lambda loss, control, dtype: CapturedLoss(loss, control, dtype, record)  # noqa: E731
-        monkeypatch.setattr(p3s, "CapturedLoss", loss)
-        monkeypatch.setattr(p3s, "_captured", lambda *given: True)
+    def put(record):
+        loss = lambda loss, family, control, config: CapturedLoss(loss, control, family.dtype, record)  # noqa: E731
+        monkeypatch.setattr(p3s, "_captured", loss)
         monkeypatch.setattr(graphs, "possible", lambda device, steps: True)
         monkeypatch.setattr(graphs, "_now", lambda: 0.0)  # here a replay takes as long as its work
         for home in ("binding", "p3s"):
             monkeypatch.setattr(f"p3s_cli.methods.{home}.possible", lambda device, steps: True)
-        monkeypatch.setattr("p3s_cli.methods.forward.Graphed", lambda function: Graphed(function, passes or record))
+        monkeypatch.setattr("p3s_cli.methods.forward.Graphed", lambda function: Graphed(function, record))
 
     return put
 
@@ -132,22 +130,11 @@ def test_a_recorded_step_learns_the_same_bits(lesson, recorded_by, record):
 def test_a_step_recorded_wrongly_is_learnt_without(lesson, recorded_by, caplog, liar):
     """The same bits, and one line: its replays are held against the work itself before one of them counts."""
     plain, told = learn(lesson)
-    recorded_by(liar, passes=again)
+    recorded_by(liar)
     tensors, heard = learn(lesson)
     assert heard == told and all(torch.equal(tensors[name], plain[name]) for name in plain)
     (record,) = caplog.records
     assert record.message.startswith(OTHER)
-
-
-def test_what_is_kept_of_a_draw_reaches_the_recording(lesson, recorded_by, caplog):
-    """The same bits with draws that come again, whose part of the step is recorded by itself."""
-    config = dataclasses.replace(lesson.config, control=ControlConfig(rounds=2), steps=6)
-    lesson = dataclasses.replace(lesson, config=config)
-    plain, told = learn(lesson)
-    recorded_by(again)
-    tensors, heard = learn(lesson)
-    assert heard == told and all(torch.equal(tensors[name], plain[name]) for name in plain)
-    assert not caplog.records
 
 
 def test_a_recording_that_holds_is_kept(lesson, recorded_by, monkeypatch, caplog):
@@ -161,7 +148,7 @@ def test_a_recording_that_holds_is_kept(lesson, recorded_by, monkeypatch, caplog
 def test_a_step_that_later_goes_wrong_is_made_again(lesson, recorded_by, caplog):
     """Its replays hold on two draws, and at the second step; at the third they are no numbers, where eager ones are."""
     plain, told = learn(lesson)
-    recorded_by(lies(lambda t: t * float("nan"), after=3), passes=again)
+    recorded_by(lies(lambda t: t * float("nan"), after=3))
     tensors, heard = learn(lesson)
     assert heard == told and all(torch.equal(tensors[name], plain[name]) for name in plain)
     assert [r.message for r in caplog.records] == [f"{WITHOUT}: a replay was not finite where its work is"]
@@ -201,7 +188,7 @@ def broken_off(work):
     ],
 )
 def test_a_refusal_is_told_in_one_line(lesson, recorded_by, caplog, record, after):
-    recorded_by(record, passes=again)
+    recorded_by(record)
     learn(lesson)
     assert [r.message for r in caplog.records] == [f"{WITHOUT}: {after}"]
 

@@ -36,21 +36,6 @@ def test_a_run_cut_in_pieces_is_bit_equal_to_one_that_was_not(tmp_path, ema):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_draws_come_again_in_the_same_order(tmp_path):
-    """Their numbers and their noise, also where the run went on from a checkpoint."""
-    w, heard = torch.nn.Parameter(torch.zeros(3)), []
-
-    def loss(draw, generator):
-        heard.append((draw, torch.randn(1, generator=generator).item()))
-        return w.square().sum(), {}
-
-    recipe = Recipe(steps=8, lr=0.1, draws=3)
-    for until in (4, None):
-        train({"w": w}, loss, recipe, checkpoint=Checkpoint(tmp_path / "run"), until=until)
-    assert [draw for draw, _ in heard] == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert heard[:3] == heard[3:6] and heard[:2] == heard[6:] and len(set(heard)) == 3
-
-
 def test_one_bad_step_is_skipped_and_many_stop_the_run():
     parameters, loss, _ = problem()
 
