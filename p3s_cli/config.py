@@ -165,7 +165,7 @@ class Pace:
     reuse: int
 
 
-PACES = {False: Pace(50, "ddim", 2), True: Pace(20, "dpm++", 4)}  # with --fast: True
+PACES = {False: Pace(50, "ddim", 2), True: Pace(16, "dpm++", 4)}  # with --fast: True
 
 PAPER_CONTROL = ControlConfig(
     injection="literal",

@@ -32,7 +32,7 @@ def generate(
     ] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default 50, with --fast 20.")] = None,
     fast: Annotated[
-        bool, typer.Option("--fast", help="20 steps of a multistep solver, four of which share as with --reuse.")
+        bool, typer.Option("--fast", help="16 steps of a multistep solver, four of which share as with --reuse.")
     ] = False,
     reuse: Annotated[
         int | None,
