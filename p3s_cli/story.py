@@ -45,7 +45,7 @@ def demo(
     scene = lookalike_scene(_SCENE + seed)
     pixels, true_masks = render([scene], size=PHOTO_SIZE)
     photo, subject_dir, sheet = _places(root, seed)
-    _check_photo(photo, subject_dir, images.to_pil(pixels[0]))
+    _check_place(photo, subject_dir, sheet, images.to_pil(pixels[0]))
     images.save_png(photo, images.to_pil(pixels[0]))
     chosen, other = scene.subjects
     family = load("world", device, dtype)
@@ -88,11 +88,13 @@ def _places(root: Path, seed: int) -> tuple[Path, Path, Path]:
     return root / f"reference{of}.png", root / f"subject{of}", root / f"sheet{of}.png"
 
 
-def _check_photo(path: Path, subject_dir: Path, photo: Image.Image) -> None:
-    """Raises InputError for a directory with another photo: one subject would be tuned on two individuals. So it does for
-    one of that name beside it, which would be lost."""
+def _check_place(path: Path, subject_dir: Path, sheet: Path, photo: Image.Image) -> None:
+    """Raises InputError for pictures of somebody's own, which would be lost, and for a subject with another photo: it would
+    be tuned on two individuals."""
     if path.exists() and images.pixel_hash(images.load_image(path)) != images.pixel_hash(photo):
         raise InputError(f"{path} is another picture than the demo's, and would be lost; name another folder")
+    if sheet.exists() and not path.exists():  # a demo's own comes after its photo
+        raise InputError(f"{sheet} is no demo's picture, and would be lost; name another folder")
     for kept in sorted(subject_dir.glob("references/*/photo.png")):
         if images.pixel_hash(images.load_image(kept)) != images.pixel_hash(photo):
             raise InputError(

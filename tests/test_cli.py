@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from p3s_cli.cli import app
+from p3s_cli.config import PACES
 from p3s_cli.sd import images
 from p3s_cli.sd.weights import load_tensors
 
@@ -21,6 +22,13 @@ def home(tmp_path, monkeypatch, pair):
     monkeypatch.chdir(tmp_path)
     images.save_png(tmp_path / "two.png", pair[0])
     return tmp_path
+
+
+def test_help_says_what_the_paces_are():
+    """The command line is read without `config`, whose numbers it repeats in words."""
+    page, (usual, fast) = " ".join(p3s("generate", "--help").stdout.split()), (PACES[False], PACES[True])
+    assert f"default {usual.steps}, with --fast {fast.steps}." in page and f"{fast.steps} steps of a multistep" in page
+    assert f"Default {usual.reuse}, with --fast {fast.reuse}." in page
 
 
 def test_the_main_path_end_to_end(home, pair):

@@ -45,6 +45,9 @@ def test_each_seed_has_a_subject_of_its_own_and_a_photo_of_another_version_is_re
     with pytest.raises(InputError, match="reference.png is another picture than the demo's, and would be lost"):
         story.demo(tmp_path / "own")
     assert (tmp_path / "own/reference.png").read_bytes() == own
+    (tmp_path / "own/reference.png").rename(tmp_path / "own/sheet.png")
+    with pytest.raises(InputError, match="sheet.png is no demo's picture, and would be lost"):
+        story.demo(tmp_path / "own")
     tiny.photo(tmp_path / "subject/references/00/photo.png")
     with pytest.raises(InputError, match="photo.png is not what this version of p3s draws .*; remove .*subject, or"):
         story.demo(tmp_path)

@@ -164,6 +164,11 @@ def test_of_many_photos_the_one_at_fault_is_named_before_any_is_masked(photo, tm
     assert not (tmp_path / "two").exists()
     clicks = {"positive": [[18, 32]]}
     points.write_text(json.dumps({"two.png": clicks | {"class": "dog"}, "b.png": clicks | {"class": "cat"}}))
+    points.write_text(json.dumps({"two.png": clicks, "b.png": clicks | {"class": "[V] cat"}}))
+    with pytest.raises(InputError, match=r"b\.png: the class word .* says \[V\]"):
+        stages.mask_many(["two.png", "b.png"], points, family=tiny_family)
+    assert not (tmp_path / "two").exists()
+    points.write_text(json.dumps({"two.png": clicks | {"class": "dog"}, "b.png": clicks | {"class": "cat"}}))
     with pytest.raises(InputError, match="calls one subject cat and dog"):
         stages.mask_many(["two.png", "b.png"], points, output="both", family=tiny_family)
 

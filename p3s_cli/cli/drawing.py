@@ -30,7 +30,7 @@ def generate(
     seed: Annotated[
         int, typer.Option(min=0, max=2**53, help="Seed of the first image; the others count up from it.")
     ] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default 50, with --fast 20.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default 50, with --fast 16.")] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="16 steps of a multistep solver, four of which share as with --reuse.")
     ] = False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +69,7 @@ def load_guide(family: Family, name: str, picture: Image.Image, strength: float,
 
 def load_net(family: Family, name: str) -> ControlNetModel:
     """A ControlNet by name, folder or hub id. Raises InputError if it cannot be had, or fits another kind of base."""
-    fetch = shlex.join(["p3s", "fetch", family.source, "--control", name])
-    return fitted(family, hub.load(ControlNetModel, part(name), fetch), name)
+    return fitted(family, hub.load(ControlNetModel, part(name), family.fetching("--control", name)), name)
 
 
 def load_saved(family: Family, folder: Path) -> list[ControlNetModel]:

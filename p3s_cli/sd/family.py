@@ -48,9 +48,10 @@ class Family:
         self.source, self.profile, self.device, self.dtype = source, profile, device, dtype
         self.inpainter_chosen = False  # by name, so that its absence is an error
         self.inpainter_missing: str | None = None  # why the base has taken the inpainter's place, once it has
-        self.fetch = self._fetching()  # the command that brings what is missing
+        self.fetch = self.fetching()  # the command that brings what is missing
 
-    def _fetching(self, *options: str) -> str:
+    def fetching(self, *options: str) -> str:
+        """The command that brings this family, with these options, as a shell reads it."""
         return shlex.join(["p3s", "fetch", self.source, *options])
 
     @cached_property
@@ -113,7 +114,7 @@ class Family:
         if name == "clip":
             return self.vision
         part = tower(name)
-        fetch = self._fetching("--vision", name)
+        fetch = self.fetching("--vision", name)
 
         def as_filed() -> nn.Module:
             model = hub.load(AutoModel, part, fetch, trust_remote_code=False)
@@ -137,7 +138,7 @@ class Family:
             return None
         if sibling in (None, "."):
             return self.unet
-        fetch = self._fetching("--inpainter", sibling)
+        fetch = self.fetching("--inpainter", sibling)
         try:
             found = self._sibling(sibling, fetch)
         except InputError as error:
@@ -252,7 +253,8 @@ def load(
     where, profile = resolve_device(device), profiles.find(model, vision, inpainter)
     family = Family(model, profile, where, resolve_dtype(dtype, where))
     family.inpainter_chosen = inpainter is not None
-    family.fetch += f" --vision {shlex.quote(vision)}" if vision not in (None, "clip") else ""
+    if vision not in (None, "clip"):
+        family.fetch = family.fetching("--vision", vision)
     return family
 
 

@@ -268,6 +268,7 @@ def mask_many(
 def _check_clicks(photos: Sequence[Path], clicks: Sequence[PhotoClicks]) -> None:
     for photo, click in zip(photos, clicks, strict=True):
         with _naming(photo):
+            text.class_word(click.class_word or "thing")
             work.Clicks.read(click.positive, click.negative, click.box, *images.load_image(photo).size)
 
 
