@@ -1,6 +1,6 @@
 """P3S on a card, at SD v1-5's exact shape with random weights: training and drawing against diffusers' own, within five minutes.
 
-    python benchmarks/gpu.py --out FOLDER [--seconds 300] [--steps 300]
+    python benchmarks/gpu.py --out FOLDER [--seconds 300] [--steps 300] [--only rates "training, captured"]
     python benchmarks/gpu.py --out FOLDER --reduced --device cpu --steps 12    # narrow models: only that all of it runs
 
 Prints each number as it is known, and rewrites FOLDER/speed-gpu.json and .md after each part. A part that fails is told and left
@@ -18,11 +18,13 @@ included. "the first time": with what is recorded and proved then.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 STARTED = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).parent.parent))  # on a machine where p3s is not installed
@@ -36,7 +38,9 @@ from speed import in_turn  # noqa: E402
 from tables import machine  # noqa: E402
 
 from p3s_cli import stages  # noqa: E402
+from p3s_cli.methods import p3s  # noqa: E402
 from p3s_cli.sd import images  # noqa: E402
+from p3s_cli.sd.devices import channels_last  # noqa: E402
 from p3s_cli.sd.family import Family  # noqa: E402
 from p3s_cli.subject import Subject  # noqa: E402
 from p3s_cli.world import seeds  # noqa: E402
@@ -77,19 +81,22 @@ def whole(family: Family, root: Path) -> dict[str, float]:
 
 
 def levers(training: Training, drawing: Drawing) -> dict[str, float]:
-    """What was not taken: kernels chosen by timing, and channels last."""
-    found, unet = {}, training.family.unet
+    """A training step without channels last; what was not taken: kernels chosen by timing, and drawing in channels last."""
+    family, found = training.family, {}
+
+    def step() -> float:
+        return tune(family, training.subject, 16, True).step * 1e3
+
+    with mock.patch.object(p3s, "channels_last", lambda *_: contextlib.nullcontext()):
+        found["training step, captured, weights as filed, ms"] = step()
+    with channels_last(family.device, family.dtype, family.unet, family.vae):
+        found["captured, 4 images, channels last, seconds"] = drawing.draw("captured")[-1]
     try:
-        for name in ("cudnn.benchmark", "cudnn.benchmark and channels last"):
-            torch.backends.cudnn.benchmark = True
-            if "channels" in name:
-                unet.to(memory_format=torch.channels_last)
-            found[f"training step, captured, {name}, ms"] = tune(training.family, training.subject, 16, True).step * 1e3
-            print(f"        training step, {name} {found[f'training step, captured, {name}, ms']:.2f} ms", flush=True)
-            found[f"captured, 4 images, {name}, seconds"] = drawing.draw("captured")[-1]
+        torch.backends.cudnn.benchmark = True
+        found["training step, captured, cudnn.benchmark, ms"] = step()
+        found["captured, 4 images, cudnn.benchmark, seconds"] = drawing.draw("captured")[-1]
     finally:
         torch.backends.cudnn.benchmark = False
-        unet.to(memory_format=torch.contiguous_format)
     return found
 
 
@@ -98,10 +105,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=300, help="parts that would end later are skipped")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--only", nargs="+", metavar="PART", help="parts by name; some stand on what others found")
     parser.add_argument("--reduced", action="store_true", help="narrow models")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    report = Report(args.out, args.seconds, STARTED)
+    report = Report(args.out, args.seconds, STARTED, args.only)
     print(f"{machine()}{' - REDUCED, not SD v1-5' if args.reduced else ''}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         root, made = Path(folder), []

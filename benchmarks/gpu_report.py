@@ -24,10 +24,15 @@ BARS = {
 
 
 class Report:
-    """What was found, printed at once and kept on disk. `seconds` count from `started`, of `time.perf_counter`."""
+    """What was found, printed at once and kept on disk. `seconds` count from `started`, of `time.perf_counter`.
 
-    def __init__(self, out: Path, seconds: float, started: float):
-        self.out, self.seconds, self.started, self.found = out, seconds, started, {}
+    `only` names the parts that are wanted; the first part is what all others stand on.
+    """
+
+    def __init__(self, out: Path, seconds: float, started: float, only: list[str] | None = None):
+        self.out, self.seconds, self.started, self.only = out, seconds, started, only
+        self.found: dict[str, float] = {}
+        self._begun = False
         out.mkdir(parents=True, exist_ok=True)
 
     def tell(self, **numbers: float) -> None:
@@ -40,6 +45,9 @@ class Report:
 
     def part(self, what: str, cost: float, work: Callable[[], dict[str, float] | None]) -> None:
         """Do a part that takes about `cost` seconds on a card, if there are so many; with the most memory it took."""
+        if self._begun and self.only and what not in self.only:
+            return
+        self._begun = True
         gone = time.perf_counter() - self.started
         if gone + cost > self.seconds:
             print(f"{gone:6.1f}  {what}: skipped, no time left", flush=True)

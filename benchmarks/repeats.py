@@ -3,9 +3,10 @@
     python benchmarks/repeats.py --device cuda                               # every stage, as CUDA graphs
     python benchmarks/repeats.py --steps 3 --batch 8 --scenes 256 vae unet   # some stages, on a CPU
 
-Each stage is trained for a few steps from the same beginning, in two processes one after the other, and what their checkpoints
+Each stage is trained for a few steps from the same beginning, in two processes, and what their checkpoints
 hold (weights, averages, moments) is compared bit by bit; `apart` is how far their weights are from each other, in units of their
-norm. On a card a third run makes the same steps without CUDA graphs, and `eager` is how far the recorded weights are from those.
+norm. On a card a third run makes the same steps without CUDA graphs, and `eager` is how far the recorded weights are from those; the
+three are at work at the same time there, on a CPU one after the other.
 """
 
 from __future__ import annotations
@@ -31,10 +32,16 @@ from p3s_cli.world.recipe.workshop import Workshop
 TRAINED = [name for name in STAGES if name not in ("tokenizer", "export")]
 
 
-def recipe(work: Path, stages: list[str], options: list[str]) -> None:
+def recipe(work: Path, stages: list[str], options: list[str]) -> subprocess.Popen:
     """A process of its own, as whoever trains the family has it."""
     command = [sys.executable, "-m", "p3s_cli.world.recipe", "reopen", *stages, "--work", str(work), *options]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def ended(process: subprocess.Popen) -> None:
+    """Raises CalledProcessError where it did not end well."""
+    if code := process.wait():
+        raise subprocess.CalledProcessError(code, process.args)
 
 
 def without_graphs(work: Path, stages: list[str], args: argparse.Namespace) -> None:
@@ -74,10 +81,14 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         first, second, eager = (Path(folder) / name for name in ("first", "second", "eager"))
-        for work in (first, second):
-            recipe(work, stages, options)
-        if args.device != "cpu":
+        if args.device == "cpu":
+            for work in (first, second):
+                ended(recipe(work, stages, options))
+        else:
+            runs = [recipe(work, stages, options) for work in (first, second)]
             without_graphs(eager, stages, args)
+            for run in runs:
+                ended(run)
         for stage in stages:
             one, other = state(first, stage), state(second, stage)
             differing = [name for name in one if not torch.equal(one[name], other[name])]

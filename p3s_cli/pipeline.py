@@ -29,7 +29,7 @@ from p3s_cli.atomic import committing, finish
 from p3s_cli.errors import InputError
 from p3s_cli.methods.base import Learnt, SubjectPart, check_made_for, check_pair
 from p3s_cli.methods.p3s import P3S
-from p3s_cli.methods.sampling import settled
+from p3s_cli.methods.sampling import settled, usual_reuse
 from p3s_cli.sd import controlnet as controls
 from p3s_cli.sd import text
 from p3s_cli.sd.family import Family, load
@@ -157,9 +157,8 @@ class P3SPipeline(StableDiffusionPipeline):
             raise InputError("give at least one of each subject's references (references=1)")
         if references > (most := max(len(s.manifest.references) for s in subjects)):
             raise InputError(f"{subjects[0].root} has {most} of {references} references; give no more with references=")
-        asked = settings.GenerateConfig(size=size, references=references, subject_guidance=subject_guidance)
-        if subjects[0].as_printed:
-            asked = replace(asked, reuse=1)
+        shared = {"references": references, "reuse": usual_reuse(subjects[0])}
+        asked = settings.GenerateConfig(size=size, subject_guidance=subject_guidance, **shared)
         config = settled(asked, family.profile, subjects[0], schedule)
         assert config.subject_guidance is not None
         spans = controlnet_conditioning_scale, control_guidance_start, control_guidance_end

@@ -26,6 +26,7 @@ from p3s_cli.paper.model import P3SControl, connected
 from p3s_cli.paper.schedule import injection_weight
 from p3s_cli.sd import text
 from p3s_cli.sd.captured import CapturedLoss
+from p3s_cli.sd.devices import channels_last
 from p3s_cli.sd.family import Family, Profile
 from p3s_cli.sd.graphs import possible
 from p3s_cli.sd.train import Loss, Recipe, sent
@@ -68,7 +69,8 @@ class P3S:
         control.to(family.device, torch.bfloat16 if config.memory.masters == "bfloat16" else torch.float32)
         bank = ReferenceBank.build(family, read_photos(subject), config.control, config.seed)
         loss = _Loss(family, subject, control, bank, config.control, config.batch, forward(config.compiled))
-        with connected(family.unet, control), _saving(family, control, config.memory):
+        laid_out = channels_last(family.device, family.dtype, family.unet, control)
+        with connected(family.unet, control), _saving(family, control, config.memory), laid_out:
             trained = lesson.train(dict(control.named_parameters()), _captured(loss, family, control, config), recipe)
         return {name: tensor.float() for name, tensor in trained.items()}
 

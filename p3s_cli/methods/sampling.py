@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from p3s_cli import methods
-from p3s_cli.config import GenerateConfig, with_schedule
+from p3s_cli.config import PACES, GenerateConfig, with_schedule
 from p3s_cli.sd.profile import Profile
 from p3s_cli.subject import Subject
 
@@ -24,3 +24,8 @@ def settled(asked: GenerateConfig, profile: Profile, subject: Subject, schedule:
     return replace(
         config, **{n: getattr(own, n) for n in ("guidance", "subject_guidance") if getattr(config, n) is None}
     )
+
+
+def usual_reuse(subject: Subject) -> int:
+    """At every how many-th step the copy runs where neither that nor a pace is asked for: at each one, as the paper prints it, for a subject tuned so."""
+    return 1 if subject.as_printed else PACES[False].reuse

@@ -141,6 +141,9 @@ class CapturedLoss:
         """The eager step in the place of a recorded one that is not finite, and of all that follow if it is finite itself."""
         value, numbers = self._loss.judge(drawn)
         gradients = torch.autograd.grad(value, self._trained(), allow_unused=True)
+        # laid out as the parameters are, as the optimiser's kernels take for granted
+        pairs = zip(gradients, self._trained(), strict=True)
+        gradients = [None if g is None else torch.empty_like(p).copy_(g) for g, p in pairs]
         norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
         if math.isfinite(value.item()) and math.isfinite(norm.item()):
             self._drop(graphs.Untrue("a replay was not finite where its work is"))

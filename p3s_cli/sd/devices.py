@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+from torch import nn
 
 from p3s_cli.errors import InputError
 
@@ -37,3 +41,28 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 def _half(device: str) -> torch.dtype:
     with torch.cuda.device(device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+@contextlib.contextmanager
+def channels_last(device: str, dtype: torch.dtype, *modules: nn.Module) -> Iterator[None]:
+    """Convolutions' weights in the layout that cuDNN's kernels of half precision want; as found on exit, and elsewhere.
+
+    Without it they turn what they are given, and turn back what they give: a sixth of a training step on a card
+    (benchmarks/results/speed-gpu.md).
+    """
+    if not (device.startswith("cuda") and dtype != torch.float32):
+        yield
+        return
+    filed = [m for m in modules if not _is_channels_last(m)]
+    try:
+        for module in filed:
+            module.to(memory_format=torch.channels_last)
+        yield
+    finally:
+        for module in filed:
+            module.to(memory_format=torch.contiguous_format)
+
+
+def _is_channels_last(module: nn.Module) -> bool:
+    weights = [p for p in module.parameters() if p.dim() == 4]
+    return all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)

@@ -95,7 +95,7 @@ class Update:
             moments = {key: kept[f"{key}/{name}"] for key in _MOMENTS if f"{key}/{name}" in kept}
             if moments:  # a fused optimiser reads its count on the device, the others on the CPU
                 self.optimizer.state[parameter] = {
-                    k: v if k == "step" and not fused else v.to(parameter.device) for k, v in moments.items()
+                    k: v if k == "step" and not fused else _beside(parameter, v) for k, v in moments.items()
                 }
 
     def _given(self) -> list[Tensor]:
@@ -118,6 +118,13 @@ class Update:
         finally:
             graphs.copy(state, kept)
         return replay
+
+
+def _beside(parameter: Tensor, moment: Tensor) -> Tensor:
+    """The moment where the parameter is, and laid out like it: a fused optimiser goes by places and looks at no strides."""
+    if moment.shape != parameter.shape:  # packed, or a count
+        return moment.to(parameter.device)
+    return torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def _places(tensors: list[Tensor]) -> list[int]:

@@ -14,7 +14,7 @@ from p3s_cli.errors import InputError
 from p3s_cli.lock import one_writer
 from p3s_cli.methods.base import check_made_for
 from p3s_cli.methods.memory import choose, within
-from p3s_cli.methods.sampling import settled
+from p3s_cli.methods.sampling import settled, usual_reuse
 from p3s_cli.sd import images, sample, text
 from p3s_cli.sd.determinism import exact
 from p3s_cli.sd.family import Family, load
@@ -104,8 +104,8 @@ def generate(
         one.check_masks()
         one.tuned()
     tuned = subject.tuned()
-    if reuse is None and not fast and subject.as_printed:
-        sampling = replace(sampling, reuse=1)
+    if reuse is None and not fast:
+        sampling = replace(sampling, reuse=usual_reuse(subject))
     joined.check(subjects)
     _check_heeded(subject.method, schedule=schedule is not None, references=references > 1, compiled=compiled)
     if references > (most := max(len(s.manifest.references) for s in subjects)):
