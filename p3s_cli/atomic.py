@@ -8,6 +8,7 @@ temporary folders, which the next writer removes, or a commit it had decided on,
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -74,13 +75,24 @@ def finish(root: Path) -> None:
             for file in sorted(p for p in decided.rglob("*") if p.is_file()):
                 target = root / file.relative_to(decided)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
+                _moved(file, target)
                 flush(target.parent)
             shutil.rmtree(decided)
         for folder, names, _ in os.walk(root):
             for stale in (n for n in names if n.startswith(".") and n.endswith(TEMPORARY)):
                 shutil.rmtree(Path(folder, stale), ignore_errors=True)
             names[:] = [n for n in names if not (n.endswith(TEMPORARY) or Path(folder, n, LOCK).exists())]
+
+
+def _moved(file: Path, target: Path) -> None:
+    """`os.replace`, also onto another disk, where a folder below is a link: a whole copy first, beside the target."""
+    try:
+        os.replace(file, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with replacing(target) as temporary:
+            shutil.copyfile(file, temporary)
 
 
 def append(path: Path, text: str) -> None:

@@ -163,6 +163,7 @@ class P3SPipeline(StableDiffusionPipeline):
         assert config.subject_guidance is not None
         spans = controlnet_conditioning_scale, control_guidance_start, control_guidance_end
         each = kwargs.get("num_images_per_prompt") or 1
+        controls.brought(self.controlnet)
         guides = controls.guides_of(controls.listed(self.controlnet), image, *spans, size, len(prompts), each)
         unet, vae = self.unet, self.vae
         if isinstance(kwargs.get("negative_prompt"), str):  # diffusers spreads it over prompts it is given as text
@@ -214,6 +215,8 @@ class P3SPipeline(StableDiffusionPipeline):
         staying = {i: p for i, p in places.items() if p.exists() and p.samefile(subjects[i].root)}  # with its outputs
         moving = {i: p for i, p in places.items() if i not in staying}
         former = self._former(folder) - set(staying.values())
+        if theirs := [p for p in moving.values() if p.exists() and p not in former]:
+            raise InputError(f"{theirs[0]} would be replaced, and no saved pipeline wrote it; save into another folder")
         with committing(folder) as new:
             super().save_pretrained(new, **kwargs)
             family.vision.clip.save_pretrained(new / "clip")
@@ -232,7 +235,7 @@ class P3SPipeline(StableDiffusionPipeline):
 
     def _former(self, folder: Path) -> set[Path]:
         """The folders of a pipeline that was saved here before, if one was: of its components, CLIP pair and subjects."""
-        if not (folder / _SUBJECTS).is_dir():
+        if not _saved_here(folder):
             return set()
         nets, subjects = folder.glob("controlnet_[0-9]"), (folder / _SUBJECTS).glob("[0-9][0-9]")
         return {*(folder / name for name in (*self.components, "clip")), *nets, *subjects}
@@ -246,9 +249,21 @@ class P3SPipeline(StableDiffusionPipeline):
         family = self.__dict__["_p3s"][0]
         # where models that are kept off the device are brought to, with enable_model_cpu_offload
         family.device, family.dtype = str(self._execution_device), self.unet.dtype
-        family.__dict__.update({name: getattr(self, name) for name in _MODULES})
+        # of one that torch.compile wraps, what is inside: its attention is ours while it draws
+        family.__dict__.update(
+            {name: getattr(getattr(self, name), "_orig_mod", getattr(self, name)) for name in _MODULES}
+        )
         family.vision.clip.to(family.device, family.dtype)
         return family
+
+
+def _saved_here(folder: Path) -> bool:
+    """Whether a pipeline with subjects was saved in this folder, by what diffusers writes of its class."""
+    try:
+        told = json.loads((folder / "model_index.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("_class_name") == P3SPipeline.__name__
 
 
 def _clear(place: Path, made: set[Path]) -> None:

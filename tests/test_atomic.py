@@ -1,6 +1,7 @@
 """Files that are whole or absent, on disks that fill up and in folders that cannot be written."""
 
 import contextlib
+import errno
 import os
 import resource
 import subprocess
@@ -195,3 +196,27 @@ def test_a_directory_whose_name_is_no_text_is_refused_before_anything_is_made(tm
         with writing(Path("caf\udce9"), "a test"):
             pass
     assert names(tmp_path) == []
+
+
+def test_a_folder_below_may_be_a_link_to_another_disk(tmp_path, monkeypatch):
+    """No rename goes there: a whole copy takes the target's place, and nothing is left over."""
+    other, root, rename = tmp_path / "disk", tmp_path / "it", os.replace
+    other.mkdir()
+    (other / "a.txt").write_text("old")
+    root.mkdir()
+    (root / "outputs").symlink_to(other, target_is_directory=True)
+
+    def across(source, target):
+        if Path(source).stat() and Path(source).resolve().is_relative_to(root) != Path(target).resolve().is_relative_to(
+            root
+        ):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", across)
+    with committing(root) as folder:
+        (folder / "outputs").mkdir()
+        (folder / "outputs/a.txt").write_text("new")
+        (folder / "b.txt").write_text("beside")
+    assert (other / "a.txt").read_text() == "new" and (root / "b.txt").read_text() == "beside"
+    assert names(root) == ["b.txt", "outputs"] and names(other) == ["a.txt"]

@@ -143,7 +143,10 @@ def test_grid_keeps_the_photo_and_labels_its_pixels(tmp_path, pair, monkeypatch)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="would take the place of a-grid.png itself"):
         stages.grid_many(["a.png", "a-grid.png"])
+    with pytest.raises(InputError, match="a-grid.png is there already and is no grid"):
+        stages.grid("a.png")
     assert (tmp_path / "a-grid.png").read_bytes() == before
+    assert stages.grid(tmp_path / "two.png", path) == path  # a grid may take a grid's place
     assert drawn.width == 5 * 128  # enlarged by a whole number, so a line stands exactly on its pixel
     assert pictures.coordinate_grid(Image.new("RGB", (900, 600))).size == (900, 600)
 

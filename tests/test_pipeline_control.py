@@ -218,3 +218,55 @@ def test_what_does_not_go_with_its_controlnets_is_refused(tiny_folder, tuned, ne
         made(tiny_folder, tuned, controlnet=ControlNetModel.from_unet(world.unet))
     with pytest.raises(InputError, match="no ControlNet is called"):
         made(tiny_folder, tuned, controlnet="fog")
+
+
+def test_a_folder_that_no_pipeline_was_saved_in_keeps_what_it_has(tiny_folder, tuned, tmp_path):
+    """Also where its folders have the names that a saved pipeline's would have."""
+    project = tmp_path / "project"
+    shutil.copytree(tuned, project / "subjects/00")
+    (project / "clip").mkdir()
+    (project / "clip/video.mp4").write_bytes(b"mine")
+    before = contents(project)
+    with pytest.raises(InputError, match="no saved pipeline wrote it; save into another folder"):
+        made(tiny_folder, tuned).save_pretrained(project)
+    assert contents(project) == before
+    (project / "subjects/00").rename(project / "subjects/dog")
+    made(tiny_folder, tuned).save_pretrained(project)
+    assert (project / "clip/video.mp4").read_bytes() == b"mine" and (project / "subjects/dog/subject.json").is_file()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_net_that_is_given_stays_as_it_was(tiny_folder, tuned, nets, pictures, dtypes):
+    """Another pipeline may share it, or a training go on with it; it need not be in the base's precision."""
+    theirs, ours = dtypes
+    net = ControlNetModel.from_pretrained(nets[0]).to(theirs).train()
+    latents = drawn(
+        made(tiny_folder, tuned, controlnet=net, torch_dtype=ours), image=pictures[0], latents=noise(1).to(ours)
+    )
+    assert torch.isfinite(latents).all()
+    assert net.dtype == theirs and net.training and all(p.requires_grad for p in net.parameters())
+
+
+def test_several_nets_kept_off_the_device_are_brought_to_it(tiny_folder, tuned, nets, pictures, monkeypatch):
+    pipe = made(tiny_folder, tuned, controlnet=nets)
+    before = drawn(pipe, image=pictures)
+    pipe.enable_model_cpu_offload(device="cpu")
+    brought, hook = [], pipe.controlnet._hf_hook
+    whole = hook.pre_forward
+    monkeypatch.setattr(hook, "pre_forward", lambda module, *given: brought.append(module) or whole(module, *given))
+    torch.testing.assert_close(drawn(pipe, image=pictures), before)
+    assert brought == [pipe.controlnet]
+
+
+def test_a_compiled_unet_draws_what_is_inside_it(tiny_folder, tuned):
+    pipe = made(tiny_folder, tuned)
+    before = drawn(pipe)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    assert torch.equal(drawn(pipe), before)
+
+
+def test_a_first_image_in_inference_mode_is_not_the_last(tiny_folder, tuned):
+    pipe = made(tiny_folder, tuned)
+    with torch.inference_mode():
+        first = drawn(pipe)
+    assert torch.equal(drawn(pipe), first)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 
 from p3s_cli.benches.entries import References
@@ -20,6 +22,7 @@ from p3s_cli.sd.vision import VisionTower
 from p3s_cli.subject import Subject
 
 _PORTRAIT = 256  # pixels
+_SPECK = 0.1  # of a negative mask: less than that is no look-alike of its own
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,7 @@ def subject_case(directory: Path, tower: VisionTower, prompts: Sequence[str]) ->
         chosen, negative = tensors["subject"].bool(), tensors["negative"].bool()
         real.append(_portrait(tensors["inpainted"].float() / 255, chosen))
         masked.append(_portrait(photo * chosen, chosen))
-        if negative.any():
-            other.append(_portrait(photo, negative))
+        other += [_portrait(photo, one) for one in _lookalikes(negative, chosen)]
     finder = first_finder(directory, tower)
     truth = Truth(directory.resolve().name, tuple(real), tuple(other), tuple(masked), finder=finder)
     return Case(directory, tuple(map(Prompt, texts)), truth)
@@ -100,6 +102,21 @@ def check_photos(directory: Path, photos: Iterable[Image.Image], otherwise: str)
         raise InputError(
             f"{directory} has {otherwise}; remove that directory to begin the case anew, or name another folder to work in"
         )
+
+
+def _lookalikes(negative: Tensor, chosen: Tensor) -> list[Tensor]:
+    """The masks (H, W) to take a portrait of each: the negative one, if any, or its parts, but for specks, where the subject
+    stands between them and would be in the middle of a portrait of all.
+    """
+    if not negative.any():
+        return []
+    rows, columns = torch.where(negative)
+    between = chosen[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].sum()
+    if between < 0.5 * chosen.sum():
+        return [negative]
+    labels, count = ndimage.label(negative.numpy())
+    parts = [torch.from_numpy(labels == k) for k in range(1, count + 1)]
+    return [part for part in parts if part.sum() >= _SPECK * negative.sum()]
 
 
 def _portrait(photo: Tensor, mask: Tensor) -> Image.Image:

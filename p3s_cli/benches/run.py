@@ -188,7 +188,10 @@ class Run:
             return int(settled)
         budget = budget_of(self._ledger, own=True) or budget_of(self._ledger)
         if budget is None:
-            raise InputError("equal time is P3S's own, which this run has not measured; let p3s take part, first")
+            raise InputError(
+                "equal time is P3S's own, which this run has not measured; let p3s take part, first, and where it has "
+                f"tuned already, remove its folders ({self.work}/p3s-*), so that it is timed anew"
+            )
         known = self._ledger.of(kind, case.name) or self._ledger.mean(kind)
         then = self._ledger.of(of, case.name) or self._ledger.mean(of) or budget
         if known is None or abs(then / budget - 1) > _SAME_BUDGET:

@@ -35,7 +35,7 @@ def read(folder: Path, subjects: Sequence[str] | None = None) -> list[Sitter]:
         text = read_text(index)
     except (OSError, ValueError) as error:
         raise InputError(f"{index} cannot be read ({error}); restore it as it was published") from error
-    classes = dict(re.findall(r"^(\w+),([\w ]+?)\s*$", text.split("Prompts")[0], re.MULTILINE))
+    classes = dict(re.findall(r"^([\w-]+),([\w -]+?)\s*$", text.split("Prompts")[0], re.MULTILINE))
     classes.pop("subject_name", None)
     objects, live = _prompt_lists(text)
     for name in subjects or ():

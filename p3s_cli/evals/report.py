@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from p3s_cli.evals.protocols import Protocol
 from p3s_cli.evals.scores import Mean, Row
@@ -165,7 +165,7 @@ def _picture(file: Path, limit: int, kind: str) -> str:
     if not file.is_file():
         return f"<small>{escape(file.name)} is gone</small>"
     with Image.open(file) as picture:
-        small = picture.convert("RGB")
+        small = ImageOps.exif_transpose(picture).convert("RGB")
     small.thumbnail((limit, limit))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from PIL import Image
 
+from p3s_cli.sd import images
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -60,5 +62,4 @@ class Result:
     labels: frozenset[str] = frozenset()
 
     def open(self) -> Image.Image:
-        with Image.open(self.path) as picture:
-            return picture.convert("RGB")
+        return images.load_image(self.path)  # upright, as whatever it is compared with

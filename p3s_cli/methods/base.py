@@ -66,7 +66,8 @@ class Learnt:
     @classmethod
     def read(cls, subject: Subject) -> Learnt:
         """Raises InputError if the subject is not tuned, or its artifact is not the one that tuning wrote."""
-        tensors, metadata = load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
+        with torch.inference_mode(False):  # who keeps them may draw without it as well
+            tensors, metadata = load_tensors(subject.path(CONTROL), sha=subject.tuned().artifacts[CONTROL])
         return cls(subject, tensors, metadata["config"])
 
 

@@ -79,8 +79,8 @@ class Bound:
         if self.learned is not None:
             weights = weights * self.learned(t)
         time = float(t[0])
-        # time runs downwards, so this is another trajectory; some schedulers stay at a time, but not at the first
-        begins = time >= self._first or time > self._last
+        # time runs downwards, so this is another trajectory; some schedulers stay at a time, but for rounding, and not at the first
+        begins = time >= self._first or time > self._last + 1
         if begins or self._age % self.reuse == 0 or len(self._kept[0].weight) != len(x_t):
             self._kept, self._age = [self._inject(x_t, t, states, weights, seen) for seen in self.seen], 0
         self._first = time if begins else self._first

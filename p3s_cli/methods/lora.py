@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
@@ -18,6 +17,7 @@ from p3s_cli.methods.base import Generator, Heed, Learnt, Lesson, register, sett
 from p3s_cli.methods.denoising import Denoising, LatentBank, noise_of, partly_trained, states_of, trainable
 from p3s_cli.methods.photos import crops
 from p3s_cli.sd import images, text
+from p3s_cli.sd.determinism import seeded
 from p3s_cli.sd.family import Family, Profile
 from p3s_cli.sd.train import Recipe
 
@@ -55,8 +55,8 @@ class Lora:
         """Train adapters in a copy of the U-Net on crops of the references. Returns the adapters, float32."""
         family, seed = lesson.family, lesson.config.seed
         r = self.recipe(family.profile, lesson.config)
-        torch.manual_seed(seed)
-        unet = partly_trained(adapted(copy.deepcopy(family.unet), r.rank), lambda name: "lora_" in name)
+        with seeded(seed):
+            unet = partly_trained(adapted(copy.deepcopy(family.unet), r.rank), lambda name: "lora_" in name)
         seen = images.encode(family.vae, crops(lesson.subject, family.profile.image_size))
         prompt = f"a photo of a {lesson.subject.manifest.name}"
         source = LatentBank(seen, text.encode(family.tokenizer, family.text_encoder, [prompt]), r.batch)

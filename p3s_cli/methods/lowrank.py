@@ -18,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from p3s_cli.paper.subject_copy import frozen_name
+from p3s_cli.sd.determinism import seeded
 
 _COPY = "copy."
 _FACTORED = (_COPY, "zero_")  # what has a known beginning
@@ -100,8 +101,7 @@ def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         v = vh.T
     else:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with seeded(0):
             u, s, v = torch.svd_lowrank(matrix, q=rank + _OVERSAMPLE, niter=_ITERATIONS)
     root = s[:rank].sqrt()
     return u[:, :rank] * root, (v[:, :rank] * root).T

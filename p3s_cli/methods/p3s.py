@@ -26,6 +26,7 @@ from p3s_cli.paper.model import P3SControl, connected
 from p3s_cli.paper.schedule import injection_weight
 from p3s_cli.sd import text
 from p3s_cli.sd.captured import CapturedLoss
+from p3s_cli.sd.determinism import seeded
 from p3s_cli.sd.devices import channels_last
 from p3s_cli.sd.family import Family, Profile
 from p3s_cli.sd.graphs import possible
@@ -64,8 +65,8 @@ class P3S:
             ),
             optimizer=config.memory.optimizer,
         )
-        torch.manual_seed(config.seed)
-        control = P3SControl(family.unet, family.vision.width, config.control)
+        with seeded(config.seed):
+            control = P3SControl(family.unet, family.vision.width, config.control)
         control.to(family.device, torch.bfloat16 if config.memory.masters == "bfloat16" else torch.float32)
         bank = ReferenceBank.build(family, read_photos(subject), config.control, config.seed)
         loss = _Loss(family, subject, control, bank, config.control, config.batch, forward(config.compiled))
@@ -92,6 +93,8 @@ class P3S:
         def eps(x_t: Tensor, t: Tensor, states: Tensor, with_subject: bool, residuals: tuple | None = None) -> Tensor:
             weight = sampling.strength * injection_weight(float(t[0]), sampling.schedule)
             x_t = x_t.to(family.dtype)
+            if residuals is not None:  # a ControlNet that was given has a precision of its own
+                residuals = [r.to(family.dtype) for r in residuals[0]], residuals[1].to(family.dtype)
             present = [b for b in bound if with_subject and weight * b.strength != 0]
             injections = [i for b in present for i in b.injections(x_t, t, states, weight)]
             return frozen(family.unet, x_t, t, states, *injections, residuals=residuals).float()
@@ -117,7 +120,7 @@ def _encode(family: Family, bound: Sequence[Bound], prompts: list[str], strength
 @contextlib.contextmanager
 def _saving(family: Family, control: P3SControl, memory: MemoryProfile) -> Iterator[None]:
     """What a memory profile switches while training; the family as found on exit."""
-    unets = (family.unet, control.copy) if memory.checkpointing else ()
+    unets = [u for u in (family.unet, control.copy) if memory.checkpointing and not u.is_gradient_checkpointing]
     for unet in unets:
         unet.enable_gradient_checkpointing()
     try:

@@ -69,7 +69,8 @@ def load_guide(family: Family, name: str, picture: Image.Image, strength: float,
 
 def load_net(family: Family, name: str) -> ControlNetModel:
     """A ControlNet by name, folder or hub id. Raises InputError if it cannot be had, or fits another kind of base."""
-    return fitted(family, hub.load(ControlNetModel, part(name), family.fetching("--control", name)), name)
+    net = checked(family, hub.load(ControlNetModel, part(name), family.fetching("--control", name)), name)
+    return net.to(family.device, family.dtype).eval().requires_grad_(False)
 
 
 def load_saved(family: Family, folder: Path) -> list[ControlNetModel]:
@@ -86,7 +87,7 @@ def gathered(family: Family, given: Any) -> list[ControlNetModel]:
     if isinstance(given, Path):
         return load_saved(family, given)
     asked = list(given) if isinstance(given, (list, tuple)) else listed(given)
-    return [load_net(family, one) if isinstance(one, str) else fitted(family, one) for one in asked]
+    return [load_net(family, one) if isinstance(one, str) else checked(family, one) for one in asked]
 
 
 def listed(net: Any) -> list[Any]:
@@ -94,8 +95,15 @@ def listed(net: Any) -> list[Any]:
     return list(net.nets) if isinstance(net, MultiControlNetModel) else [] if net is None else [net]
 
 
-def fitted(family: Family, net: ControlNetModel, name: str = "that was given") -> ControlNetModel:
-    """The net on the family's device, frozen. Raises InputError if it was made for another kind of base."""
+def brought(net: Any) -> None:
+    """Several nets that enable_model_cpu_offload keeps off the device, on it: their hook is the wrapper's, which is never called."""
+    hook = getattr(net, "_hf_hook", None) if isinstance(net, MultiControlNetModel) else None
+    if hook is not None:
+        hook.pre_forward(net)
+
+
+def checked(family: Family, net: ControlNetModel, name: str = "that was given") -> ControlNetModel:
+    """The net as it is, for it may be somebody else's. Raises InputError if it was made for another kind of base."""
     ours, theirs = family.unet.config, net.config
     for field in ("cross_attention_dim", "block_out_channels", "layers_per_block"):
         if getattr(ours, field) != getattr(theirs, field):
@@ -103,7 +111,7 @@ def fitted(family: Family, net: ControlNetModel, name: str = "that was given") -
                 f"the ControlNet {name} was made for another base ({field} {getattr(theirs, field)}, "
                 f"here {getattr(ours, field)}); use one that was made for {family.source}"
             )
-    return net.to(family.device, family.dtype).eval().requires_grad_(False)
+    return net
 
 
 def guides_of(

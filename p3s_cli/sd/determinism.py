@@ -48,6 +48,15 @@ def exact(wanted: bool) -> Iterator[None]:
             os.environ[_CUBLAS] = workspace
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What is drawn inside from torch's own generators is decided by the seed; they go on as if nothing had been, on every device that is in use."""
+    cards = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(cards):
+        torch.manual_seed(seed)
+        yield
+
+
 def _sentence(error: RuntimeError) -> P3SError | None:
     """None for an error that is about something else."""
     words = str(error)

@@ -10,6 +10,8 @@ from p3s_cli.errors import InputError
 from p3s_cli.sd import images
 from p3s_cli.stages.clicks import twice
 
+_GRID = "grid"  # what the picture says it is, and of which photo
+
 
 def grid(photo: Path | str, output: Path | str | None = None) -> Path:
     """Write the upright photo under a labelled coordinate grid, for choosing points without a mouse.
@@ -19,7 +21,7 @@ def grid(photo: Path | str, output: Path | str | None = None) -> Path:
     """
     photo, path = Path(photo), _place(photo, output)
     _check_free(path, [photo])
-    images.save_png(path, pictures.coordinate_grid(images.load_image(photo)))
+    images.save_png(path, pictures.coordinate_grid(images.load_image(photo)), {_GRID: photo.name})
     return path
 
 
@@ -39,7 +41,11 @@ def _place(photo: Path | str, output: Path | str | None) -> Path:
 
 
 def _check_free(path: Path, photos: Sequence[Path | str]) -> None:
-    """Raises InputError if a grid would take the place of a photo."""
+    """Raises InputError if a grid would take the place of a photo, or of any other file but a grid."""
     for photo in map(Path, photos):
         if path.exists() and photo.exists() and path.samefile(photo):
             raise InputError(f"a grid would take the place of {photo} itself; name another file with --output")
+    if path.exists() and _GRID not in (images.read_metadata(path) or {}):
+        raise InputError(
+            f"{path} is there already and is no grid of p3s's; name another file with --output, or remove it"
+        )

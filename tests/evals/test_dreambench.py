@@ -148,3 +148,12 @@ def test_the_published_folder_has_its_thirty_subjects_and_fifty_prompts(photo_da
     assert len(sitters) == 30 and sum(len(s.photos) for s in sitters) == 158
     assert all(len(s.prompts) == 25 for s in sitters)
     assert len({p for s in sitters for p in s.prompts if s.class_word == "dog"}) == 25
+
+
+def test_names_and_classes_may_have_hyphens(tmp_path):
+    """As whoever adds a subject of their own may write; a line that is not read would be a mean over fewer."""
+    text = INDEX.replace("old_dog,dog", "old-dog,dog\nshirt,t-shirt")
+    (tmp_path / "prompts_and_classes.txt").write_text(text)
+    for name in ("red_ball", "old-dog", "shirt"):
+        tiny.photo(tmp_path / name / "00.png")
+    assert [(s.name, s.class_word) for s in dreambench.read(tmp_path)][1:] == [("old-dog", "dog"), ("shirt", "t-shirt")]

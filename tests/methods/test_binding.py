@@ -76,3 +76,11 @@ def test_a_subject_binds_to_a_family_of_which_nothing_is_loaded_yet(tuned):
     family, part = tuned
     control = Bound.build(load(family.source, "cpu"), part, GenerateConfig()).control
     assert all(torch.equal(control.state_dict()[n], t.float()) for n, t in part.learnt.tensors.items())
+
+
+def test_times_that_rise_by_rounding_begin_no_other_trajectory(tuned):
+    """dpm2_a's, some of which come twice, the second a little later than the first."""
+    family, part = tuned
+    bound = Bound.build(family, part, GenerateConfig(reuse=4))
+    features = [next(iter(s[0].features.values())) for s in trajectory(family, bound, [900, 700, 700.25, 500])]
+    assert all(f is features[0] for f in features)

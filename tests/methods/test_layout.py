@@ -113,3 +113,14 @@ def test_a_small_card_s_optimiser_takes_it(lesson, laid_out, memory):
     learnt = p3s.P3S().fit(dataclasses.replace(lesson, config=config))
     assert all(torch.isfinite(t).all() for t in learnt.values())
     assert any(t.any() for n, t in learnt.items() if n.startswith("zero_"))
+
+
+def test_a_tuning_leaves_the_caller_s_random_numbers_and_the_family_s_switches(lesson):
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    lesson.family.unet.enable_gradient_checkpointing()
+    config = dataclasses.replace(lesson.config, memory=MEMORY["8"])
+    p3s.P3S().fit(dataclasses.replace(lesson, config=config))
+    assert torch.equal(torch.rand(2), expected) and lesson.family.unet.is_gradient_checkpointing
+    lesson.family.unet.disable_gradient_checkpointing()

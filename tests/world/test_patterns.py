@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch.nn.functional import max_pool2d
 
-from p3s_cli.sd.weights import save_tensors
+from p3s_cli.world.recipe import denoiser
 from p3s_cli.world.recipe.denoiser import Shelf
 from p3s_cli.world.recipe.export import stage_reopen
 from p3s_cli.world.recipe.workshop import Workshop
@@ -27,13 +28,14 @@ def test_only_the_pattern_changes():
     assert all((pixels[i] != pixels[j]).any() for i in range(4) for j in range(i))
 
 
-def test_a_batch_of_alike_scenes_shares_noise_and_time(tmp_path: Path):
+def test_a_batch_of_alike_scenes_shares_noise_and_time(tmp_path: Path, monkeypatch):
     shop = Workshop(tmp_path, "cpu", seed=0, scenes=32)
     latents = torch.arange(32.0).view(32, 1, 1, 1).expand(32, 4, 16, 16).contiguous()
     stage_reopen(shop)
     said = [[caption(s, i, full) for i, s in enumerate(shop.patterns.scenes)] for full in (False, True)]
-    kept = {"latents": latents, "subjects": torch.zeros(32, 1, 16, 16)}
-    save_tensors(tmp_path / "four.safetensors", kept | {"ids": torch.stack([shop.tokens(s) for s in said], 1)})
+    ids = torch.stack([shop.tokens(s) for s in said], 1)
+    kept = {"latents": latents, "subjects": torch.zeros(32, 1, 16, 16), "ids": ids}
+    monkeypatch.setattr(denoiser, "_kept", lambda shop, pool, path: kept)
     batch = Shelf(shop, shop.patterns, "four").draw_alike(8, torch.Generator().manual_seed(5))
     faded = []
     for four in (slice(0, 4), slice(4, 8)):
@@ -48,3 +50,16 @@ def test_a_batch_of_alike_scenes_shares_noise_and_time(tmp_path: Path):
         faded.append(float(spread[0] / spread[1]))
     assert (batch.noise[0] != batch.noise[4]).any()
     assert 1.0 in faded and 0 < min(faded) < 1  # seed 5: one as it is, one faded
+
+
+def test_kept_latents_are_those_of_the_autoencoder_that_is_there(tmp_path: Path):
+    shop = Workshop(tmp_path, "cpu", seed=0, scenes=4)
+    stage_reopen(shop)
+    first = Shelf(shop, shop.pool, "latents").latents
+    written = (tmp_path / "latents.safetensors").stat().st_mtime_ns
+    assert torch.equal(Shelf(shop, shop.pool, "latents").latents, first)
+    assert (tmp_path / "latents.safetensors").stat().st_mtime_ns == written
+    vae = AutoencoderKL.from_pretrained(shop.family / "vae")
+    torch.nn.init.zeros_(vae.quant_conv.bias)
+    vae.save_pretrained(shop.family / "vae")
+    assert not torch.equal(Shelf(shop, shop.pool, "latents").latents, first)

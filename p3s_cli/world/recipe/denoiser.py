@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPModel
 
+from p3s_cli.atomic import sha256
 from p3s_cli.sd.weights import load_tensors, save_tensors
 from p3s_cli.world import models
 from p3s_cli.world.recipe.pool import Pool, at_a_time
@@ -162,9 +163,10 @@ def _timesteps(n: int, from_middle: float, generator: torch.Generator) -> Tensor
 def _kept(shop: Workshop, pool: Pool, path: Path) -> dict[str, Tensor]:
     """Of every scene: scaled `latents` (N, 4, 16, 16); how much of each is subject, `subjects` (N, 1, 16, 16), in bytes; both
     captions, `ids` (N, 2, 77)."""
+    of = {"scenes": len(pool.scenes), "by": _encoders(shop)}
     if path.exists():
-        kept = load_tensors(path)[0]
-        if len(kept["latents"]) == len(pool.scenes):  # of a run with other --scenes otherwise
+        kept, told = load_tensors(path)
+        if all(told.get(name) == value for name, value in of.items()):
             return kept
     vae = AutoencoderKL.from_pretrained(shop.family / "vae").to(shop.device)
     latents = []
@@ -174,5 +176,11 @@ def _kept(shop: Workshop, pool: Pool, path: Path) -> dict[str, Tensor]:
     scaled = torch.cat(latents).cpu() * vae.config.scaling_factor
     told = [shop.tokens([caption(s, i, full) for i, s in enumerate(pool.scenes)]) for full in (False, True)]
     kept = {"latents": scaled, "subjects": pool.subjects, "ids": torch.stack(told, 1)}
-    save_tensors(path, kept)
+    save_tensors(path, kept, of)
     return kept
+
+
+def _encoders(shop: Workshop) -> dict[str, str]:
+    """The hashes of what makes latents and tokens, by file."""
+    files = sorted(f for name in ("vae", "tokenizer") for f in (shop.family / name).iterdir() if f.is_file())
+    return {str(f.relative_to(shop.family)): sha256(f) for f in files}
