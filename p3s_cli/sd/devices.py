@@ -1,4 +1,4 @@
-"""Where models work and in which precision: `auto`, or what was named."""
+"""Where models work and in which precision: `auto`, or what was named; and how their weights lie there."""
 
 from __future__ import annotations
 

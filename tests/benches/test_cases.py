@@ -1,9 +1,13 @@
 """What a picture of a user's own subject is held against."""
 
+import base64
+import io
+
 import torch
 from PIL import Image
 
 from p3s_cli.benches.cases import _lookalikes
+from p3s_cli.evals.report import _picture
 from p3s_cli.evals.truth import Result
 from p3s_cli.sd import images
 
@@ -32,3 +36,5 @@ def test_pictures_are_scored_upright(tmp_path):
     exif[0x0112] = 6  # turned by a quarter when shown
     picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
     assert Result(tmp_path / "a.png", "", "", 0).open().tobytes() == picture.tobytes()
+    shown = _picture(tmp_path / "a.png", 1000, "shown").split("base64,")[1].split('"')[0]
+    assert Image.open(io.BytesIO(base64.b64decode(shown))).size == picture.size  # on the page as well

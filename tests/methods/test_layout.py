@@ -11,7 +11,7 @@ from recordings import again
 from test_captured import lies
 from torch import nn
 
-from p3s_cli import stages
+from p3s_cli import methods, stages
 from p3s_cli.config import MEMORY, ControlConfig, FinetuneConfig
 from p3s_cli.methods import p3s
 from p3s_cli.methods.base import Lesson
@@ -124,3 +124,6 @@ def test_a_tuning_leaves_the_caller_s_random_numbers_and_the_family_s_switches(l
     p3s.P3S().fit(dataclasses.replace(lesson, config=config))
     assert torch.equal(torch.rand(2), expected) and lesson.family.unet.is_gradient_checkpointing
     lesson.family.unet.disable_gradient_checkpointing()
+    torch.manual_seed(5)
+    methods.get("lora").fit(dataclasses.replace(lesson, config=FinetuneConfig(steps=1)))
+    assert torch.equal(torch.rand(2), expected)
