@@ -54,6 +54,7 @@ BARS = {
     "demo_seconds": 120.0,
 }
 PROMPT = "a {} on the beach"
+PARTS = "frozen forward + backward", "copy forward + backward"
 
 
 def wait(device: str) -> None:
@@ -66,14 +67,19 @@ def in_turn(works: dict[str, Callable[[], object]], repeats: int, device: str) -
 
     The first round is not counted.
     """
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats + 1):
-        for name, work in works.items():
-            started = time.perf_counter()
-            work()
-            wait(device)
-            times[name].append(time.perf_counter() - started)
-    return {name: median(taken[1:]) for name, taken in times.items()}
+    rounds = [once(works, device) for _ in range(repeats + 1)][1:]
+    return {name: median(taken[name] for taken in rounds) for name in works}
+
+
+def once(works: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
+    """Seconds of each, one after the other."""
+    taken = {}
+    for name, work in works.items():
+        started = time.perf_counter()
+        work()
+        wait(device)
+        taken[name] = time.perf_counter() - started
+    return taken
 
 
 def scenes(folder: Path, n: int) -> list[tuple[Path, tuple, tuple]]:
@@ -88,8 +94,9 @@ def scenes(folder: Path, n: int) -> list[tuple[Path, tuple, tuple]]:
 
 def parts(family: Family, batch: int) -> dict[str, Callable[[], object]]:
     """The plain halves of a training step, and a LoRA step as diffusers' example has it, all encoded beforehand."""
-    unet, trained_copy = family.unet, build_copy(family.unet).to(family.device)
-    adapted = copy.deepcopy(unet)
+    # copies, for a training step of P3S may come between, which puts attention of its own into the family's
+    unet, adapted, trained_copy = copy.deepcopy(family.unet), copy.deepcopy(family.unet), build_copy(family.unet)
+    trained_copy.to(family.device)
     adapted.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     factors = [p for p in adapted.parameters() if p.requires_grad]
     for factor in factors:
@@ -115,19 +122,32 @@ def parts(family: Family, batch: int) -> dict[str, Callable[[], object]]:
         optimizer.step()
         optimizer.zero_grad()
 
-    frozen = {"frozen forward + backward": lambda: step(unet, x.clone().requires_grad_())}
-    return frozen | {"copy forward + backward": trained, "LoRA step": lora}
+    frozen = lambda: step(unet, x.clone().requires_grad_())  # noqa: E731
+    return dict(zip(PARTS, (frozen, trained), strict=True)) | {"LoRA step": lora}
 
 
 def training_step(
-    family: Family, subject: Subject, steps: int, batch: int | None = None, compiled: bool = False, **control: float
+    family: Family,
+    subject: Subject,
+    steps: int,
+    batch: int | None = None,
+    compiled: bool = False,
+    between: Callable[[], object] = lambda: None,
+    **control: float,
 ) -> float:
-    """Median seconds of a step of `P3S.fit`, after two that are not counted."""
-    clock: list[float] = []
+    """Median seconds of a step of `P3S.fit`, after two that are not counted; `between` is done between steps, out of the count."""
+    ended: list[float] = []
+    begun: list[float] = []
+
+    def heard(*_: object) -> None:
+        wait(family.device)
+        ended.append(time.perf_counter())
+        between()
+        begun.append(time.perf_counter())
+
     config = FinetuneConfig(ControlConfig(**control), steps=steps + 3, batch=batch, compiled=compiled)
-    heard = lambda *_: (wait(family.device), clock.append(time.perf_counter()))  # noqa: E731
     P3S().fit(Lesson(family, subject, config, heard))
-    return median(b - a for a, b in zip(clock[2:], clock[3:], strict=False))
+    return median(end - begin for begin, end in zip(begun[2:], ended[3:], strict=False))
 
 
 def training_floor(family: Family, subject: Subject) -> float:
@@ -194,17 +214,28 @@ def process(*arguments: str) -> Callable[[], object]:
 
 
 def training(family: Family, subject: Subject, repeats: int) -> dict[str, float]:
-    batch = int(family.profile.finetune["batch"])
-    found = in_turn(parts(family, batch), 3 * repeats, family.device)
-    found["training step"] = training_step(family, subject, 4 * repeats)
-    found["training step without the kept ground"] = training_step(family, subject, 4 * repeats, preserve=0.0)
-    found["training step's floor"] = training_floor(family, subject)
-    plain_parts = sum(found[f"{name} forward + backward"] for name in ("frozen", "copy"))
-    names = {"train_step_vs_parts": plain_parts, "train_step_vs_floor": found["training step's floor"]}
-    names["train_step_vs_lora"] = found["LoRA step"]
-    found |= {name: found["training step"] / other for name, other in names.items()}
-    without = found["training step without the kept ground"]
-    return found | {"train_step_vs_parts without the kept ground": without / plain_parts}
+    """A training step beside its parts and a LoRA step, a round of which comes between any two steps."""
+    works, device = parts(family, int(family.profile.finetune["batch"])), family.device
+    rounds: list[dict[str, float]] = []
+    beside = lambda: rounds.append(once(works, device))  # noqa: E731
+    step = training_step(family, subject, 4 * repeats, between=beside)
+    found = {name: median(taken[name] for taken in rounds[2:]) for name in works}
+    rounds.clear()
+    without = training_step(family, subject, 4 * repeats, between=beside, preserve=0.0)
+    plain_parts = [
+        sum(found[n] for n in PARTS),
+        sum(median(taken[n] for taken in rounds[2:]) for n in PARTS),
+    ]
+    floor = training_floor(family, subject)
+    return found | {
+        "training step": step,
+        "training step without the kept ground": without,
+        "training step's floor": floor,
+        "train_step_vs_parts": step / plain_parts[0],
+        "train_step_vs_floor": step / floor,
+        "train_step_vs_lora": step / found["LoRA step"],
+        "train_step_vs_parts without the kept ground": without / plain_parts[1],
+    }
 
 
 def drawing(family: Family, root: Path, repeats: int) -> dict[str, float]:

@@ -46,3 +46,41 @@ def test_what_was_freed_is_not_asked_of_the_system_again():
 
 def test_variables_of_the_users_own_are_heeded():
     assert rounds("keep", MALLOC_ARENA_MAX="2")[0] == "False"
+
+
+_COMMAND = """
+import gc, sys
+from p3s_cli import cli, stages
+
+def stage(photos, output):
+    global inside
+    inside = gc.isenabled(), gc.get_freeze_count()
+    return []
+
+stages.grid_many, inside = stage, None
+sys.argv = ["p3s", *sys.argv[1:]]
+try:
+    cli.run()
+except SystemExit:
+    pass
+print(inside, gc.get_freeze_count(), len(gc.get_objects()))
+"""
+
+
+def test_what_a_command_imports_is_not_looked_through_while_it_works_nor_at_its_end():
+    run = subprocess.run(
+        [sys.executable, "-c", _COMMAND, "mask", "photo.png", "--grid"], capture_output=True, text=True
+    )
+    collects, kept, kept_at_the_end, looked_through = run.stdout.translate(str.maketrans("(),", "   ")).split()
+    assert collects == "True"  # garbage of the stage's own is found
+    assert int(kept) > 10_000  # typer and rich alone
+    assert int(kept_at_the_end) > int(kept) and int(looked_through) < 100  # all that is left goes with the process
+
+
+def test_a_program_that_calls_the_library_keeps_its_collector_as_it_is():
+    how = "gc.isenabled(), gc.get_freeze_count()"
+    code = (
+        f"import gc; before = {how}; from p3s_cli import stages; from p3s_cli.cli import app; print(({how}) == before)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "True\n"

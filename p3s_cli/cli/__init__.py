@@ -14,7 +14,7 @@ from p3s_cli.cli import mask, tuning, drawing, evaluating, sharing, setting_up  
 
 # isort: on
 from p3s_cli.cli.app import app
-from p3s_cli.cli.heap import keep_freed
+from p3s_cli.cli.heap import collecting_late, keep_freed
 
 
 def run() -> None:
@@ -24,7 +24,7 @@ def run() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
     try:
-        with signals.raising():
+        with collecting_late(), signals.raising():
             app()
     except signals.Interrupted as stop:
         print("p3s: interrupted; the same command goes on from what is done", file=sys.stderr)

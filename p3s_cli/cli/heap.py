@@ -1,10 +1,14 @@
-"""What the C library does with freed memory: kept for the next step, instead of given back and fetched anew."""
+"""A command's memory: what the C library does with what is freed, and what Python's collector looks through. A process of its own
+ends soon; both are left as they are in a Python program, which is its owner's."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import os
 import sys
+from collections.abc import Iterator
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST = 32 << 20  # what glibc lets lie in its heap at most; larger blocks go back to the system as before
@@ -21,3 +25,24 @@ def keep_freed() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt and mallopt(_MMAP_THRESHOLD, _LARGEST) and mallopt(_TRIM_THRESHOLD, _KEPT))
+
+
+@contextlib.contextmanager
+def collecting_late() -> Iterator[None]:
+    """Python's collector rests until `collect_from_now`, and is spared all that is left at the end.
+
+    What torch and transformers make on import, three quarters of a million objects, is there to stay, and the collector goes through it again and again,
+    once more as the process ends (`benchmarks/results/speed.md`).
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+
+
+def collect_from_now() -> None:
+    """End the rest of `collecting_late`: what there is by now stays, what comes is looked through. Elsewhere nothing is done."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from p3s_cli.cli.heap import collect_from_now
 from p3s_cli.errors import P3SError
 
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
@@ -52,6 +53,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def run_stage(stage: Callable[..., Any], as_json: bool, show: Callable[[Any], list[str]], **arguments: Any) -> Any:
     """Call a library function with a progress bar; print its result, or one sentence and an exit code. Returns it."""
+    collect_from_now()  # a command has imported by now what the function needs
     try:
         with _progress() as on_progress:
             result = stage(**arguments, on_progress=on_progress)
