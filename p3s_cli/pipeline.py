@@ -206,8 +206,10 @@ class P3SPipeline(StableDiffusionPipeline):
         """The base in diffusers' layout, ControlNets, the CLIP pair, and the subjects without their outputs and what `p3s eval` made of them.
 
         A pipeline that was saved there before gives way, with its ControlNets and subjects, once all of this one is written.
-        Raises P3SError if it cannot be, which leaves that one as it was.
+        Raises P3SError if it cannot be, which leaves that one as it was, and InputError for `safe_serialization=False`.
         """
+        if not kwargs.get("safe_serialization", True):
+            raise InputError("p3s reads safetensors and never pickles; leave out safe_serialization=False")
         family, folder = self._family(), Path(save_directory)
         subjects, own = self.__dict__["_p3s"][1], replace(family.profile, base=".", clip="clip")
         finish(folder)  # a save that was killed

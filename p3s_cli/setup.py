@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import shlex
 import shutil
@@ -77,8 +78,18 @@ class Wanted:
     @property
     def profile(self) -> profiles.Profile:
         # a tower for masks alone comes beside the family's CLIP, and not in its place
-        pair = None if self.vision in families.TOWERS else self.vision
+        pair = None if self._tower else self.vision
         return profiles.find(self.model, pair, self.inpainter)
+
+    @property
+    def _tower(self) -> Part | None:
+        """What `vision` names, if that reads masks and nothing else: as far as is known here, for of what the hub has it may be a CLIP pair."""
+        if self.vision is None or self.vision == "clip":
+            return None
+        part = families.tower(self.vision)
+        inside = hub.folder(replace(part, also=(), weights=None))
+        alone = inside is not None and _model_type(inside) not in (None, "clip")
+        return part if alone or self.vision in families.TOWERS else None
 
     @property
     def parts(self) -> list[Part]:
@@ -87,13 +98,21 @@ class Wanted:
             replace(p, optional=p.optional and not (p.name == "inpainter" and self.inpainter))
             for p in self.profile.parts
         ]
-        beside = [families.tower(self.vision)] if self.vision in families.TOWERS else []
+        beside = [self._tower] if self._tower else []
         return own + beside + [controlnet.part(n) for n in self.control]
 
     @property
     def command(self) -> str:
         named = (("--vision", self.vision), ("--inpainter", self.inpainter), *(("--control", n) for n in self.control))
         return shlex.join(["p3s", "fetch", self.model, *(word for pair in named if pair[1] for word in pair)])
+
+
+def _model_type(folder: Path) -> str | None:
+    """What a model's configuration says it is; None where it says nothing."""
+    try:
+        return json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def doctor(

@@ -115,10 +115,21 @@ class Subject:
                     f"the mask of {reference.folder} in {self.root} is missing or damaged, and so is its photo; import "
                     "the subject again, or make it anew with p3s mask"
                 )
+            if self.photo_changed(reference):  # which the command below would take for another photo
+                raise InputError(
+                    f"{photo} is damaged or was changed since its mask was made; give the photo that it was, in the place of PHOTO: "
+                    f"{mask_command(Path('PHOTO'), reference, self.root)}"
+                )
             wrong = "is missing or damaged, or a picture of it is" if fits else "does not belong to its points any more"
             raise InputError(
                 f"the mask of {reference.folder} {wrong}; refresh it with: {mask_command(photo, reference, self.root)}"
             )
+
+    def photo_changed(self, reference: Reference) -> bool:
+        """Whether the photo is there, and is not the one that `p3s mask` left."""
+        stage, name = reference.mask, reference.photo_file
+        known = stage is not None and name in stage.artifacts and self.path(name).is_file()
+        return known and not self.intact(stage, name)
 
     def tuned(self) -> Stage:
         """The finetune record. Raises InputError, with the command to run, before there is one."""
@@ -179,9 +190,11 @@ class Subject:
         made = self.tuned().settings
         config = self._config if isinstance(self._config, dict) else {}
         options = {"model": base or made.get("base"), "vision": made.get("vision") if self.method == "p3s" else None}
-        options |= {name: config.get(name) for name in ("steps", "lr")}
-        usual = {"model": self.manifest.model, "vision": "clip"}
-        given = [f"--{n} {shlex.quote(str(v))}" for n, v in options.items() if v and v != usual.get(n)]
+        if config.get("steps"):  # but for what learns nothing
+            options |= {name: config.get(name) for name in ("steps", "lr")}
+        options["memory"] = made.get("memory")
+        usual = {"model": self.manifest.model, "vision": "clip", "memory": "auto"}
+        given = [f"--{n} {shlex.quote(str(v))}" for n, v in options.items() if v not in (None, usual.get(n))]
         return " ".join([self._finetune_command, *given])
 
 

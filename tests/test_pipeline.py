@@ -60,6 +60,9 @@ def test_it_draws_what_the_sampler_draws_calls_back_and_survives_being_saved(tun
     again = P3SPipeline.from_pretrained(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
     again.save_pretrained(tmp_path / "saved")  # where it is, as diffusers allows
+    with pytest.raises(InputError, match="never pickles; leave out safe_serialization=False"):
+        again.save_pretrained(tmp_path / "saved", safe_serialization=False)
+    assert not list((tmp_path / "saved").rglob("*.bin"))
     assert torch.equal(again("a [V] pet on beach", **options).images, theirs)
 
 

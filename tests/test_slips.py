@@ -140,6 +140,49 @@ def test_the_offered_command_keeps_what_was_tuned(subject, tiny_family, tmp_path
     assert stages.generate(subject, "a [V] thing", n=1, steps=1, family=tiny_family).images
 
 
+def test_a_photo_that_was_changed_is_not_offered_as_its_own_original(subject, photo, tiny_family):
+    """The changed one would become a second reference, beside a first that is refused as before."""
+    there = subject / "references/00/photo.png"
+    for other in (tiny.photo(there.parents[3] / "edited.png").read_bytes(), there.read_bytes()[:500]):
+        there.write_bytes(other)
+        with pytest.raises(
+            InputError, match="photo.png is damaged or was changed since .*: p3s mask PHOTO --pos "
+        ) as caught:
+            stages.finetune(subject, steps=1, family=tiny_family)
+        words = shlex.split(str(caught.value).split("PHOTO: ")[1])
+        positive, negative = (words[words.index(f"--{flag}") + 1] for flag in ("pos", "neg"))
+        stages.mask(photo, [positive], [negative], words[-1], family=tiny_family)
+        assert len(Subject.open(subject).manifest.references) == 1
+        Subject.open(subject).check_masks()
+
+
+def test_the_command_that_tunes_again_has_memory_and_a_rate_of_nothing(subject, tiny_family):
+    stages.finetune(subject, steps=1, lr=0.0, memory="12", family=tiny_family)
+    assert Subject.open(subject).finetune_again().endswith(" --steps 1 --lr 0.0 --memory 12")
+    stages.finetune(subject, "untuned", family=tiny_family)
+    assert Subject.open(subject).finetune_again().endswith(" --method untuned")
+    for given in ({"steps": 5}, {"lr": 0.1}):
+        with pytest.raises(InputError, match="untuned learns nothing, in no steps; leave out --steps and --lr"):
+            stages.finetune(subject, "untuned", family=tiny_family, **given)
+
+
+def test_methods_that_learn_from_photos_say_so_where_there_is_none(subject, tiny_family):
+    data = json.loads((subject / "subject.json").read_text())
+    photo = f"{data['references'][0]['folder']}/photo.png"
+    del data["references"][0]["mask"]["artifacts"][photo]  # as an import writes it
+    (subject / "subject.json").write_text(json.dumps(data))
+    (subject / photo).unlink()
+    for method in ("lora", "break-a-scene"):
+        with pytest.raises(InputError, match="learns from photos, which no export holds; mask the photo anew"):
+            stages.finetune(subject, method, steps=1, family=tiny_family)
+
+
+@pytest.mark.parametrize("word", ["do\x1b[31mg", "dog\ncat", "?!"])
+def test_no_class_word_writes_to_the_screen_what_nobody_sees(photo, tmp_path, tiny_family, word):
+    with pytest.raises(InputError, match="is no class word"):
+        stages.mask(photo, ["18,32"], ["46,32"], tmp_path / "x", word, family=tiny_family)
+
+
 def test_another_base_is_told_how_to_tune_on_it(subject, tiny_family):
     stages.finetune(subject, steps=1, lr=0.5, family=tiny_family)
     other = load(tiny_family.source, "cpu")

@@ -52,8 +52,9 @@ def import_(
     from p3s_cli import stages
 
     def show(result: Any) -> list[str]:
-        prompt = f'p3s generate {quote(str(result.subject))} "a [V] {result.class_word}"'
-        return [f"{result.subject}: class {result.class_word}; now: {prompt}"]
+        prompt = quote(f"a [V] {result.class_word}")
+        command = f"p3s generate {quote(str(result.subject))} {prompt}"
+        return [f"{result.subject}: class {result.class_word}; now: {command}"]
 
     arguments = dict(file=file, output=output, model=model, vision=vision, device=device)
     run_stage(stages.import_subject, as_json, show, **arguments)

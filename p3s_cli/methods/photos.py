@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from p3s_cli.errors import InputError
 from p3s_cli.manifest import Reference
 from p3s_cli.methods.views import View, close_view, look, look_mask
 from p3s_cli.sd import images
@@ -52,9 +53,14 @@ def read_photos(subject: Subject, most: int | None = None) -> list[Photo]:
 
 
 def read_originals(subject: Subject) -> list[Photo]:
-    """The references as they were taken, look-alike and all, with the subject's mask."""
+    """The references as they were taken, look-alike and all, with the subject's mask. Raises InputError where they are not here."""
     photos = []
     for reference in subject.manifest.references:
+        if not subject.path(reference.photo_file).is_file():
+            raise InputError(
+                f"{subject.path(reference.photo_file)} is missing, and this method learns from photos, which no export holds; "
+                "mask the photo anew with p3s mask, or tune with --method p3s"
+            )
         tensors = mask_tensors(subject, reference)
         pixels = images.to_bytes(images.load_image(subject.path(reference.photo_file)))
         photos.append(Photo(pixels, tensors["subject"].bool()))

@@ -59,10 +59,10 @@ def identify(prompt: str, identifier: str, *others: str) -> str:
 def class_word(word: str) -> str:
     """The word as prompts will have it, without space around it.
 
-    Raises InputError for one that has no letter, and for one with a place for a subject in it: prompts have theirs.
+    Raises InputError for one that has no letter, or what no screen shows, and for one with a place for a subject in it: prompts have theirs.
     """
     check_text("class word", word)
-    if not any(character.isalnum() for character in word):
+    if not word.isprintable() or not any(character.isalnum() for character in word):
         raise InputError(f"{word!r:.80} is no class word; give --class as a word such as dog, or leave it out")
     if place := _PLACE.search(word):
         raise InputError(f'the class word "{word}" says {place[0]}, which prompts put before it; leave that out')

@@ -15,7 +15,7 @@ from torch import Tensor
 from p3s_cli.errors import InputError, first_reason
 from p3s_cli.manifest import Reference
 from p3s_cli.methods import lowrank
-from p3s_cli.sd import images
+from p3s_cli.sd import images, text
 from p3s_cli.sd.weights import Layout, load_metadata, load_tensors
 from p3s_cli.subject import FORMER_LATENT, mask_layout
 
@@ -54,6 +54,7 @@ def read_description(file: Path) -> Exported:
                 f"its format is {metadata.get('format')!r:.20}, and this version of p3s reads up to {FORMAT}"
             )
         described = Exported.model_validate(metadata)
+        _check_words(described)
         if not all(isinstance(described.finetune.get(name), str) for name in ("base", "base_fingerprint")):
             raise ValueError("it names no base")
         if not isinstance(described.finetune.get("vision", ""), str):
@@ -63,6 +64,15 @@ def read_description(file: Path) -> Exported:
         raise InputError(
             f"{file} is not a subject that p3s export wrote ({first_reason(error)}); give such a file"
         ) from error
+
+
+def _check_words(described: Exported) -> None:
+    """Raises ValueError for words that no subject of one's own could have: they go into prompts, and into commands to paste."""
+    try:
+        text.class_word(described.class_word)
+        text.class_word(described.identifier)
+    except InputError as error:
+        raise ValueError(f"its words are not a subject's: {str(error).split(';')[0]}") from error
 
 
 def read_tensors(file: Path, described: Exported, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:

@@ -366,6 +366,17 @@ def test_what_a_stage_names_is_looked_for_and_the_command_that_brings_it_is_name
         controlnet.load_guide(load("world", "cpu"), "canny", Image.new("RGB", (8, 8)), 1.0, (64, 64))
 
 
+def test_a_tower_for_masks_alone_does_not_stand_for_the_familys_clip_pair(tiny_folder, tmp_path):
+    base, vit = shutil.copytree(tiny_folder, tmp_path / "base"), tmp_path / "vit"
+    shutil.rmtree(base / "clip")
+    vit.mkdir()
+    (vit / "config.json").write_text('{"model_type": "vit"}')
+    parts = {p.name: p for p in setup.doctor(str(base), "cpu", vision=str(vit)).parts}
+    assert parts["clip"].state == "missing" and parts["masks"].source == str(vit)
+    pair = {p.name: p for p in setup.doctor(str(base), "cpu", vision=str(tiny_folder / "clip")).parts}
+    assert pair["clip"].state == "present" and "masks" not in pair  # one that is a pair does
+
+
 def test_doctor_finds_what_the_stages_find_and_its_command_can_be_typed(tiny_folder, tmp_path, monkeypatch):
     """Of `--vision=~/clip` no shell makes a path; and a path may have a space."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -119,6 +119,13 @@ class Noise:
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(self.seed + round(float(end) * 1e3)))
 
 
+def test_pndm_by_its_class_is_pndm_as_sd_has_it(world):
+    """Without `skip_prk_steps` it starts with four passes a step, which three steps are too few for."""
+    by_class, by_name = (build_scheduler(name, world.scheduler_config) for name in ("PNDMScheduler", "pndm"))
+    by_class.set_timesteps(3)
+    assert by_class.config == by_name.config
+
+
 def test_a_scheduler_that_draws_its_noise_itself_draws_it_from_the_seeds(world, monkeypatch):
     """DPMSolverSDE takes no generators; torchsde, which it needs, is not a requirement."""
     monkeypatch.setitem(sys.modules, "torchsde", SimpleNamespace(BrownianInterval=Noise))
