@@ -100,7 +100,7 @@ def read_manifest(path: Path) -> Manifest:
         data = parse(read_text(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
-            f"{path.parent} is not a subject directory (it has no {path.name}); make one with: p3s mask PHOTO --pos X,Y -o {path.parent}"
+            f"{path.parent} is not a subject directory (it has no {path.name}); make one with: p3s mask PHOTO --pos X,Y -o {shlex.quote(str(path.parent))}"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}); restore it or make the subject again") from error

@@ -91,6 +91,8 @@ def _places(root: Path, seed: int) -> tuple[Path, Path, Path]:
 def _check_place(path: Path, subject_dir: Path, sheet: Path, photo: Image.Image) -> None:
     """Raises InputError for pictures of somebody's own, which would be lost, and for a subject with another photo: it would
     be tuned on two individuals."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise InputError(f"{path.parent} is a file; name a folder for the demo")
     if path.exists() and images.pixel_hash(images.load_image(path)) != images.pixel_hash(photo):
         raise InputError(f"{path} is another picture than the demo's, and would be lost; name another folder")
     if sheet.exists() and not path.exists():  # a demo's own comes after its photo

@@ -102,7 +102,9 @@ class Subject:
     def check_masks(self) -> None:
         """Raises InputError with the command to run, if a reference's mask is missing, altered or older than its points."""
         if not self.manifest.references:
-            raise InputError(f"{self.root} has no reference yet; add one with: p3s mask PHOTO --pos X,Y -o {self.root}")
+            raise InputError(
+                f"{self.root} has no reference yet; add one with: p3s mask PHOTO --pos X,Y -o {shlex.quote(str(self.root))}"
+            )
         for reference in self.manifest.references:
             stage = reference.mask
             whole = stage is not None and self.intact(stage, *reference.made)

@@ -76,6 +76,8 @@ BAD = [
     (["mask", "two.png", "b.png", "--grid", "-o", "out.png"], "several photos make several grids"),
     (["mask", "a/two.png", "b/two.png", "--grid"], "two of the photos would be two-grid.png"),
     (["finetune", "nowhere"], "not a subject directory"),
+    (["finetune", "no where"], "-o 'no where'"),
+    (["demo", "two.png"], "two.png is a file; name a folder for the demo"),
     (["finetune", "nowhere", "--lr", "inf"], "inf is no learning rate"),
     (["finetune", "nowhere", "--method", "lora", "--memory", "12"], "lora has no use for --memory"),
     (["finetune", "nowhere", "--method", "lora", "--vision", "a/b"], "lora has no use for --vision"),
