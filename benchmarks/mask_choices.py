@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -114,7 +115,7 @@ CHOICES = [
     Choice("edges: GrabCut, band 1", {"band": 1.0}),
     Choice("edges: GrabCut, band 1.5", {"band": 1.5}),
     Choice("edges: GrabCut, band 3.5", {"band": 3.5}),
-    Choice("edges: GrabCut at the photo's own size", swaps=((boundary, "_PATCH", 0.0),)),
+    Choice("edges: GrabCut at the photo's own size", swaps=((boundary, "_PATCH", (0.0, math.inf)),)),
     Choice("edges: GrabCut, sure without the walk", swaps=((*_EDGES, sure_inside),)),
     Choice("start: the 3 x 3 patches at a click", swaps=((*_START, no_regions),)),
     Choice("start: all of the walk's region", swaps=((prototypes, "_core", whole_region),)),

@@ -32,6 +32,12 @@ from p3s_cli.world.recipe.workshop import Workshop
 TRAINED = [name for name in STAGES if name not in ("tokenizer", "export")]
 
 
+def trained(name: str) -> str:
+    if name not in TRAINED:
+        raise argparse.ArgumentTypeError(f"no trained stage is called {name!r}")
+    return name
+
+
 def recipe(work: Path, stages: list[str], options: list[str]) -> subprocess.Popen:
     """A process of its own, as whoever trains the family has it."""
     command = [sys.executable, "-m", "p3s_cli.world.recipe", "reopen", *stages, "--work", str(work), *options]
@@ -53,7 +59,8 @@ def without_graphs(work: Path, stages: list[str], args: argparse.Namespace) -> N
 
 def state(work: Path, stage: str) -> dict[str, Tensor]:
     """What the stage's checkpoint holds. Raises RuntimeError if it has left none."""
-    found = checkpoints.newest(work / "checkpoints" / stage)
+    (folder,) = (work / "checkpoints").glob(f"{stage}-*")
+    found = checkpoints.newest(folder)
     if found is None:
         raise RuntimeError(f"stage {stage} has left no checkpoint in {work}")
     return found[0]
@@ -69,14 +76,17 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", nargs="*", choices=TRAINED, default=TRAINED)
+    # `choices` would not let it be empty in Python 3.11
+    parser.add_argument("stage", nargs="*", type=trained, help=f"of {', '.join(TRAINED)}; default all of these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--scenes", type=int, default=4096)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
-    stages = [name for name in TRAINED if name in args.stage]  # in their order: some need what others leave
+    stages = [
+        name for name in TRAINED if name in (args.stage or TRAINED)
+    ]  # in their order: some need what others leave
     options = [f"--{n}={getattr(args, n)}" for n in ("device", "steps", "batch", "scenes")]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

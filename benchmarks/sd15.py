@@ -199,7 +199,9 @@ def main() -> None:
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--memory", default="auto")
-    parser.add_argument("--inpainter", default=".", help="of the mask stage; classical spares a CPU an hour")
+    parser.add_argument(
+        "--inpainter", help="of the mask stage; default the base's own U-Net; classical spares a CPU an hour"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()

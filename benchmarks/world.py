@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write the first 64 images here")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
-    family = load(args.model, args.device)
+    family = load(args.model, args.device, "float32")  # on any device: its bars are of that precision
     models = protocol("world").models
     reader, encoder = (
         kind(str(family.folder / models[key][0]), models[key][1], family.device)

@@ -218,8 +218,7 @@ def evaluate_dreambench(
 def plan(n: int | None = None, seed: int = 0, fast: bool = False, quick: bool = False) -> Plan:
     """How every method alike is drawn: `n` images of each prompt, where none is given as many as usual."""
     how = Plan(images=2, sampling={"steps": 20}) if quick else Plan()
-    sampling = (how.sampling or {}) | ({"fast": True} if fast else {})
-    return Plan(n or how.images, seed, sampling)
+    return Plan(n or how.images, seed, how.sampled({"fast": True} if fast else {}))
 
 
 def _sitting(folder: Path, sitter: dreambench.Sitter, at: stages.PhotoClicks, family: Family) -> Case:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from p3s_cli import stages
 from p3s_cli.atomic import sha256
@@ -43,6 +44,13 @@ class Plan:
     images: int = 4
     seed: int = 0
     sampling: dict | None = None
+
+    def sampled(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """How an entry with such sampling of its own is drawn; `fast` has steps of its own, too."""
+        own = dict(self.sampling or {})
+        if entry.get("fast"):
+            own.pop("steps", None)
+        return own | dict(entry)
 
     @property
     def pace(self) -> str:
@@ -142,7 +150,7 @@ class Run:
                 seed=self.plan.seed,
                 family=self.family,
                 safety_checker=False,  # what it blackens by mistake would be scored
-                **(self.plan.sampling or {}) | dict(entry.sampling),
+                **self.plan.sampled(entry.sampling),
             )
             if drawn := len(set(made.images) - before):  # after a kill, fewer than were asked for
                 seconds = (time.monotonic() - started) / drawn

@@ -35,7 +35,10 @@ def evaluate(
             help="World: how long rivals tune; published (default), equal (P3S's own wall-clock). Repeatable."
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="World: 3 of 12 subjects, 4 of 12 prompts, 20 steps.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="World: 3 of 12 subjects, 4 of 12 prompts, 20 steps (those of --fast with it)."),
+    ] = False,
     strength: Annotated[
         list[float] | None,
         typer.Option(min=0, help="World: draw at this strength, too, for the trade-off plot. Repeatable."),

@@ -70,7 +70,10 @@ class P3S:
         control.to(family.device, torch.bfloat16 if config.memory.masters == "bfloat16" else torch.float32)
         bank = ReferenceBank.build(family, read_photos(subject), config.control, config.seed)
         loss = _Loss(family, subject, control, bank, config.control, config.batch, forward(config.compiled))
-        laid_out = channels_last(family.device, family.dtype, family.unet, control)
+        # not where seconds are compared with those of methods that have neither (`FinetuneConfig.captured`)
+        laid_out = contextlib.nullcontext()
+        if config.captured:
+            laid_out = channels_last(family.device, family.dtype, family.unet, control)
         with connected(family.unet, control), _saving(family, control, config.memory), laid_out:
             trained = lesson.train(dict(control.named_parameters()), _captured(loss, family, control, config), recipe)
         return {name: tensor.float() for name, tensor in trained.items()}

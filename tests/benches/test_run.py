@@ -11,6 +11,7 @@ from p3s_cli.benches import run as running
 from p3s_cli.benches.cases import subject_case
 from p3s_cli.benches.ending import finish
 from p3s_cli.benches.entries import ablations, choose, rivals
+from p3s_cli.benches.evaluate import plan
 from p3s_cli.benches.ledger import Ledger
 from p3s_cli.config import PACES
 from p3s_cli.errors import InputError, P3SError
@@ -292,6 +293,13 @@ def test_an_option_that_would_not_be_heeded_is_refused():
     ):
         with pytest.raises(InputError, match=word):
             benches.evaluate(**options)
+
+
+def test_fast_has_its_own_steps_and_quick_twenty():
+    assert plan(fast=True, quick=True).sampling == plan(fast=True).sampling == {"fast": True}
+    quick = plan(quick=True)
+    assert quick.sampled({"fast": True}) == {"fast": True}  # the ablation's row
+    assert quick.sampled({"guidance": 2.0}) == {"steps": 20, "guidance": 2.0}
 
 
 def test_fast_is_the_pace_of_every_method(subject):

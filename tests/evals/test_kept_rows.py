@@ -71,7 +71,7 @@ def test_seconds_of_an_image_are_those_of_the_pace_that_is_named(tmp_path, monke
         monkeypatch.setattr(sys, "argv", ["rows.py", *map(str, given), *options])
         rows.main()
         told.append(json.loads((tmp_path / "told.json").read_text())["methods"]["p3s"]["seconds_per_image"])
-    assert told == [4.0, 2.0, 1.0, None]
+    assert told == [4.0, 2.0, 1.0, 2.0]  # what is fast has its own steps, quick or not
 
 
 @pytest.mark.parametrize("bench", ["bench-world", "bench-world-former"])

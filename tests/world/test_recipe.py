@@ -93,6 +93,21 @@ def test_a_round_of_the_vision_tower_leaves_the_text_tower_and_resumes_to_the_sa
     assert still == {name for name in whole if name.startswith("text_model")}
 
 
+def test_a_run_with_another_seed_or_length_does_not_go_on_from_the_one_before(tmp_path):
+    """In the same folder: it learns what it learns in a folder of its own."""
+
+    def trained(work, *runs):
+        for seed, steps in runs:
+            shop = Workshop(tmp_path / work, "cpu", seed=seed, scenes=64, steps=steps, batch=8)
+            stage_reopen(shop)
+            stage_labels(shop)
+        return load_tensors(tmp_path / work / "family/readers/labels/model.safetensors")[0]
+
+    for run in ((1, 2), (0, 3)):
+        alone, after = trained(f"alone{run}", run), trained(f"after{run}", (0, 2), run)
+        assert all(torch.equal(alone[name], after[name]) for name in alone)
+
+
 @pytest.mark.parametrize("stage", [stage_words, stage_vision_fresh, stage_labels])
 def test_a_stage_whose_steps_are_recorded_learns_the_same_bits(tmp_path, monkeypatch, stage):
     """All that a step needs reaches its recording through what is drawn, or is fixed: four steps, of which three are replays."""
@@ -105,8 +120,7 @@ def test_a_stage_whose_steps_are_recorded_learns_the_same_bits(tmp_path, monkeyp
         shop = Workshop(work, "cpu", seed=0, scenes=64, steps=4, batch=12)
         stage_reopen(shop)
         stage(shop)
-        folder = work / "checkpoints" / stage.__name__.removeprefix("stage_")
-        learnt.append(checkpoints.newest(folder)[0])
+        learnt.append(checkpoints.newest(shop.checkpoints(stage.__name__.removeprefix("stage_")))[0])
     assert all(torch.equal(learnt[1][name], tensor) for name, tensor in learnt[0].items())
 
 

@@ -130,10 +130,10 @@ class Workshop:
         """Whether this run takes the stage to its end, and not only `until` a step before."""
         return self.until is None or self.until >= self.length(stage).steps
 
-    def _checkpoint(self, stage: str) -> Checkpoint:
-        folder = self.work / "checkpoints" / stage
-        folder.mkdir(parents=True, exist_ok=True)
-        return Checkpoint(folder, 90)
+    def checkpoints(self, stage: str) -> Path:
+        """Where the states of the stage's run are kept. What decides it is in the name, so that a run never goes on from another."""
+        length = self.length(stage)
+        return self.work / "checkpoints" / f"{stage}-{self.seed}-{self._scenes}-{length.steps}x{length.batch}"
 
     def fit(self, stage: str, module: nn.Module, draw: Draw, compute: Compute, weight_decay: float, ema: float) -> None:
         """Train what of `module` requires gradients, leaving the weights to keep in it; on a card each step is one graph."""
@@ -152,7 +152,7 @@ class Workshop:
         graphed = possible(self.device, length.steps) and not self.compiled
         loss = CapturedLoss(lessons, module, torch.float32) if graphed else lessons
         told = self._teller(stage, length.batch)
-        keep = train(trained, loss, recipe, told, self._checkpoint(stage), self.until)
+        keep = train(trained, loss, recipe, told, Checkpoint(self.checkpoints(stage), 90), self.until)
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(keep[name])
