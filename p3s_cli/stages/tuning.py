@@ -102,8 +102,6 @@ def finetune(
     how = dict(memory=saving, compiled=compiled, captured=captured and not deterministic)
     config = settings.FinetuneConfig(control or settings.preset(preset)[1], steps, lr, seed=seed, **how)
     recipe = teacher.recipe(family.profile, config)
-    if not recipe.steps and (steps or lr is not None):
-        raise InputError(f"{teacher.name} learns nothing, in no steps; leave out --steps and --lr")
     options = _options(teacher, recipe, memory, family)
     inputs = subject.finetune_inputs(family.fingerprint)
     wanted = Stage(inputs=inputs, settings=options, seed=seed, artifacts={})
