@@ -84,9 +84,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=4096)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
-    stages = [
-        name for name in TRAINED if name in (args.stage or TRAINED)
-    ]  # in their order: some need what others leave
+    asked = args.stage or TRAINED
+    stages = [name for name in TRAINED if name in asked]  # in their order: some need what others leave
     options = [f"--{n}={getattr(args, n)}" for n in ("device", "steps", "batch", "scenes")]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -215,26 +215,24 @@ def process(*arguments: str) -> Callable[[], object]:
 
 def training(family: Family, subject: Subject, repeats: int) -> dict[str, float]:
     """A training step beside its parts and a LoRA step, a round of which comes between any two steps."""
-    works, device = parts(family, int(family.profile.finetune["batch"])), family.device
-    rounds: list[dict[str, float]] = []
-    beside = lambda: rounds.append(once(works, device))  # noqa: E731
-    step = training_step(family, subject, 4 * repeats, between=beside)
-    found = {name: median(taken[name] for taken in rounds[2:]) for name in works}
-    rounds.clear()
-    without = training_step(family, subject, 4 * repeats, between=beside, preserve=0.0)
-    plain_parts = [
-        sum(found[n] for n in PARTS),
-        sum(median(taken[n] for taken in rounds[2:]) for n in PARTS),
-    ]
+    works = parts(family, int(family.profile.finetune["batch"]))
+
+    def timed(**control: float) -> tuple[float, dict[str, float]]:
+        rounds: list[dict[str, float]] = []
+        between = lambda: rounds.append(once(works, family.device))  # noqa: E731
+        step = training_step(family, subject, 4 * repeats, between=between, **control)
+        return step, {name: median(taken[name] for taken in rounds[2:]) for name in works}
+
+    (step, found), (without, beside) = timed(), timed(preserve=0.0)
     floor = training_floor(family, subject)
     return found | {
         "training step": step,
         "training step without the kept ground": without,
         "training step's floor": floor,
-        "train_step_vs_parts": step / plain_parts[0],
+        "train_step_vs_parts": step / sum(found[n] for n in PARTS),
         "train_step_vs_floor": step / floor,
         "train_step_vs_lora": step / found["LoRA step"],
-        "train_step_vs_parts without the kept ground": without / plain_parts[1],
+        "train_step_vs_parts without the kept ground": without / sum(beside[n] for n in PARTS),
     }
 
 

@@ -117,7 +117,7 @@ class Subject:
                     f"the mask of {reference.folder} in {self.root} is missing or damaged, and so is its photo; import "
                     "the subject again, or make it anew with p3s mask"
                 )
-            if self.photo_changed(reference):  # which the command below would take for another photo
+            if self._photo_changed(reference):  # which the command below would take for another photo
                 raise InputError(
                     f"{photo} is damaged or was changed since its mask was made; give the photo that it was, in the place of PHOTO: "
                     f"{mask_command(Path('PHOTO'), reference, self.root)}"
@@ -127,7 +127,7 @@ class Subject:
                 f"the mask of {reference.folder} {wrong}; refresh it with: {mask_command(photo, reference, self.root)}"
             )
 
-    def photo_changed(self, reference: Reference) -> bool:
+    def _photo_changed(self, reference: Reference) -> bool:
         """Whether the photo is there, and is not the one that `p3s mask` left."""
         stage, name = reference.mask, reference.photo_file
         known = stage is not None and name in stage.artifacts and self.path(name).is_file()

@@ -166,10 +166,13 @@ HOSTILE = {
     "a CLIP pair without a name": (lambda t, d: d["finetune"].update(vision=5), "names no CLIP pair"),
     "a class word with a place": (
         lambda t, d: d.update(class_word="[V2] dog"),
-        "its words are not a subject's: the class",
+        "its class word is none: '.V2. dog'",
     ),
-    "a class word that writes to the screen": (lambda t, d: d.update(class_word="d\x1b[31mog"), "its words are not"),
-    "an identifier that fills a prompt": (lambda t, d: d.update(identifier="sks " * 600), "its words are not"),
+    "a class word that writes to the screen": (
+        lambda t, d: d.update(class_word="d\x1b[31mog"),
+        "its class word is none",
+    ),
+    "an identifier that fills a prompt": (lambda t, d: d.update(identifier="sks " * 600), "its identifier is none"),
     "no references": (lambda t, d: d.update(references=[]), "references"),
     "a reference elsewhere": (lambda t, d: d["references"][0].update(folder="../../x"), "folder"),
     "a reference of another size": (lambda t, d: d["references"][0].update(width=65), "RGB of 64 x 64|L of 64 x 64"),

@@ -75,14 +75,15 @@ class Family:
 
     @cached_property
     def scheduler_config(self) -> dict:
-        """The base's noise schedule. Two settings are SD's whatever the file says or leaves out, as in diffusers' pipelines:
-        many a folder was saved under a scheduler that has neither, and DDIM's own would clip latents as if they were pixels.
+        """The base's noise schedule. Three settings are SD's whatever the file says or leaves out, two of them as in diffusers' pipelines:
+        many a folder was saved under a scheduler that has none, DDIM's own would clip latents as if they were pixels, and PNDM's would
+        begin with four passes a step.
         """
         if self.profile.single:
             return single_file.scheduler_config(Path(self.profile.base))
         found = hub.from_pretrained(diffusers().DDIMScheduler, self.profile.base, "scheduler", fetch=self.fetch)
         config = dict(found.config)
-        ours = {"clip_sample": False, "steps_offset": 1}
+        ours = {"clip_sample": False, "steps_offset": 1, "skip_prk_steps": True}
         unsaid = [name for name in config.get("_use_default_values", ()) if name not in ours]
         return config | ours | {"_use_default_values": unsaid}
 

@@ -18,9 +18,6 @@ Eps = Callable[..., Tensor]
 # (x_t, t, text) -> what ControlNets add to the U-Net's down blocks and middle block
 Control = Callable[[Tensor, Tensor, Tensor], tuple[list[Tensor], Tensor]]
 
-_AS_SD = {
-    "PNDMScheduler": {"skip_prk_steps": True}
-}  # under its class's name as well: its first steps are another method's
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -31,7 +28,7 @@ SCHEDULERS = {
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", _AS_SD["PNDMScheduler"]),
+    "pndm": ("PNDMScheduler", {}),
     "lms": ("LMSDiscreteScheduler", {}),
     "deis": ("DEISMultistepScheduler", {}),
     "dpm2": ("KDPM2DiscreteScheduler", {}),
@@ -61,7 +58,7 @@ def _compatible() -> list[str]:
 def build_scheduler(name: str, config: dict) -> diffusers.SchedulerMixin:
     """The scheduler of this name on the family's own noise schedule. Raises InputError for an unknown name."""
     check_scheduler(name)
-    kind, options = SCHEDULERS.get(name) or (name, _AS_SD.get(name, {}))
+    kind, options = SCHEDULERS.get(name, (name, {}))
     try:
         return getattr(diffusers, kind).from_config(config, **options)
     except ImportError as error:

@@ -68,11 +68,11 @@ def read_description(file: Path) -> Exported:
 
 def _check_words(described: Exported) -> None:
     """Raises ValueError for words that no subject of one's own could have: they go into prompts, and into commands to paste."""
-    try:
-        text.class_word(described.class_word)
-        text.class_word(described.identifier)
-    except InputError as error:
-        raise ValueError(f"its words are not a subject's: {str(error).split(';')[0]}") from error
+    for which, word in (("class word", described.class_word), ("identifier", described.identifier)):
+        try:
+            text.class_word(word)
+        except InputError as error:
+            raise ValueError(f"its {which} is none: {word!r:.40}") from error
 
 
 def read_tensors(file: Path, described: Exported, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
